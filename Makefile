@@ -1,0 +1,48 @@
+# `make test PIP_ARGS="--index-url URL"` passes options to every pip call, `PYTHON=python3.12` picks the interpreter.
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_JSON ?= build/benchmark.json
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+
+.PHONY: demo test test-slow test-all lint bench clean
+.NOTPARALLEL:
+
+demo: .venv/.installed-demo
+	$(BIN)/acs-triton demo $(DEMO_ARGS)
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: .venv/.installed-test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-all: .venv/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# A benchmark may tune and compile for longer than any test should take.
+bench: .venv/.installed-bench
+	mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/python -m pytest bench -o timeout=0 --benchmark-only --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# torch comes first and alone, so that an index given in PIP_ARGS decides which build the rest is resolved against.
+.venv/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) torch
+	@touch $@
+
+.venv/.installed-%: .venv/.torch pyproject.toml setup.py
+	$(INSTALL) -e '.[$*]'
+	@touch $@

@@ -1,0 +1,70 @@
+"""convert_model: from a network to a gated network."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ACSConfig
+from .model import ACSModel
+
+
+def convert_model(
+    model: nn.Module,
+    config: ACSConfig | None = None,
+    *,
+    example_input: Tensor | None = None,
+    inplace: bool = False,
+    **overrides: Any,
+) -> ACSModel:
+    """Give `model` gates that decide, for each input, which channels to compute.
+
+    config: an `ACSConfig`; `overrides` are fields of it, e.g. `gate="gap", exclude=["layer4.*"]`.
+    example_input: [N, C, H, W]; if given, the converted model with every gate open is compared with
+        the original on it, and a difference is a RuntimeError.
+    inplace: share parameters with `model` instead of copying them; otherwise `model` is not changed.
+
+    Returns an ACSModel in the training state of `model`. Raises TypeError for anything but a module,
+    ValueError if no convolution can be gated (with the reasons), for a pattern that matches no
+    convolution, for an unknown field, and for a root that cannot be traced.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert_model: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, ACSModel):
+        raise ValueError("convert_model: model is converted already; call unconvert(model) first")
+    if config is not None and not isinstance(config, ACSConfig):
+        raise TypeError(f"convert_model: config must be an ACSConfig, got {type(config).__name__}")
+    config = (config or ACSConfig()).replace(**overrides)
+    if config.dynamic_groups:
+        raise ValueError(
+            "convert_model: dynamic_groups is not available in this version; leave it empty, "
+            "or put DynamicGroupConv2d layers into the network yourself"
+        )
+    converted = ACSModel(model if inplace else copy.deepcopy(model), config)
+    if example_input is not None:
+        _check_against(model, converted, example_input)
+    return converted
+
+
+def _check_against(model: nn.Module, converted: ACSModel, example_input: Tensor) -> None:
+    training = {module: module.training for module in (*model.modules(), *converted.modules())}
+    mode = converted.mode
+    try:
+        model.eval()
+        converted.eval()
+        with torch.no_grad(), converted.set_mode("hard"), converted.override_masks(density=1.0):
+            expected, actual = model(example_input), converted(example_input)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        converted.set_mode(mode)
+    try:
+        torch.testing.assert_close(actual, expected)
+    except AssertionError as error:
+        raise RuntimeError(
+            f"convert_model: {type(model).__name__}, converted with every gate open, does not compute what the "
+            f"original computes on example_input; its forward does something a trace does not see.\n{error}"
+        ) from error

@@ -1,0 +1,385 @@
+"""From the gated graph to the sparse graph: fold batch norms, fuse epilogues, pack weights.
+
+Activations between the producer and the consumers of a span are compact tensors; everything else is
+dense. Packed tensors belong to the `Lowered` result, never to the model's state.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import cpu, ops, sparse
+from .fold import Folded, activation_name, fold_conv, is_identity, norm_affine, norm_parts, window_matrix
+from .gates import ConvGate, PooledGate
+from .program import Program
+from .spans import not_plain, symmetric_padding
+from .trace import compile_graph, has_hooks
+
+if TYPE_CHECKING:
+    from .model import ACSModel
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+
+
+@dataclass
+class Lowered:
+    """A sparse graph and what it was made from.
+
+    forward: called as `forward(root, model, tensors, *inputs)`.
+    tensors: the packed weights that the graph reads by position.
+    sources: what must be unchanged for the packed weights to be true.
+    """
+
+    graph: fx.Graph
+    forward: Callable[..., Any]
+    tensors: list[Tensor]
+    sources: list[_Source] = field(default_factory=list)
+    gate_macs: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+
+@dataclass
+class _Source:
+    """One entry of a module's table of children, parameters or buffers, as it was when lowered."""
+
+    table: dict[str, Any]
+    name: str
+    value: Any
+    state: tuple[Any, ...]
+
+
+def lower(model: ACSModel, program: Program, earlier: Lowered | None) -> Lowered:
+    """The sparse graph of `program` for the weights that `model` has now.
+
+    Where the graph is the same as `earlier`'s, the new weights are written into its tensors, so code
+    that was compiled or captured with them sees the change.
+    """
+    ops.implementation(next(model.parameters()).device)
+    with torch.no_grad():
+        builder = _Builder(model, program)
+        builder.build()
+    sources = _sources(model)
+    code = str(builder.graph.python_code("self").src)
+    if earlier is not None and code == str(earlier.graph.python_code("self").src):
+        if len(earlier.tensors) == len(builder.tensors) and all(map(_alike, earlier.tensors, builder.tensors)):
+            for old, new in zip(earlier.tensors, builder.tensors, strict=True):
+                old.copy_(new)
+            earlier.sources = sources
+            return earlier
+        return Lowered(builder.graph, earlier.forward, builder.tensors, sources)
+    return Lowered(builder.graph, compile_graph(builder.graph), builder.tensors, sources)
+
+
+def has_changed(model: ACSModel, lowered: Lowered) -> bool:
+    """True if a module, parameter or buffer was replaced or written since `lowered` was made."""
+    return any(
+        source.table.get(source.name) is not source.value or _state(source.value) != source.state
+        for source in lowered.sources
+    )
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return same and old.stride() == new.stride()
+
+
+def _sources(model: nn.Module) -> list[_Source]:
+    sources = []
+    for module in model.modules():
+        for table in (module._modules, module._parameters, module._buffers):
+            entries = cast(dict[str, Any], table)
+            sources += [_Source(entries, name, value, _state(value)) for name, value in entries.items()]
+    return sources
+
+
+def _state(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Tensor):
+        return ()
+    version = -1 if value.is_inference() else value._version
+    return (value.data_ptr(), version, value.dtype, value.device)
+
+
+@dataclass
+class _Fused:
+    """A convolution with what follows it: nodes it swallows, the node it stands for, its weights."""
+
+    folded: Folded
+    last: fx.Node
+    residual: fx.Node | None = None
+    activation: str = "none"
+
+
+class _Builder:
+    def __init__(self, model: ACSModel, program: Program) -> None:
+        self.model = model
+        self.program = program
+        self.graph = fx.Graph()
+        self.tensors: list[Tensor] = []
+        self._values: dict[fx.Node, fx.Node] = {}
+        self._active: dict[fx.Node, fx.Node] = {}
+        self._decisions: dict[str, fx.Node] = {}
+        self._fused_at: dict[fx.Node, tuple[fx.Node, _Fused]] = {}
+        self._swallowed: set[fx.Node] = set()
+        self._producers = {node: name for name, node in program.plan.producer.items()}
+        self._span_of_body = {node: name for name, body in program.plan.body.items() for node in body}
+        self._modules = dict(model.named_modules())
+
+    def build(self) -> None:
+        source = self.program.graph
+        self._written = self._written_in_place(source)
+        for node in source.nodes:
+            if self._is_foldable_conv(node):
+                self._fuse(node)
+        for node in source.nodes:
+            self._emit(node)
+        self.graph.lint()
+
+    # ------------------------------------------------------------------ what is fused with what
+
+    def _fuse(self, conv_node: fx.Node) -> None:
+        conv = self._module(conv_node)
+        assert isinstance(conv, nn.Conv2d)  # as _is_foldable_conv says
+        fused = _Fused(fold_conv(conv, None), conv_node)
+        gated = conv_node in self._producers or conv_node in self._span_of_body
+        follower = self._sole_follower(conv_node)
+        norm = self._module(follower) if follower is not None else None
+        if follower is not None and isinstance(norm, _BatchNorm) and norm_affine(norm) is not None:
+            activations = norm_parts(norm)
+            if activations is not None:
+                fused = _Fused(fold_conv(conv, norm_affine(norm)), follower, activation=activations)
+                self._swallowed.add(follower)
+                follower = self._sole_follower(follower)
+        if not gated and conv.groups == 1 and fused.activation == "none":
+            follower = self._fuse_residual(conv_node, fused, follower)
+        name = activation_name(follower, self._module(follower)) if follower is not None else None
+        if follower is not None and name is not None and fused.activation == "none":
+            fused.activation, fused.last = name, follower
+            self._swallowed.add(follower)
+        self._swallowed.add(conv_node)
+        self._fused_at[fused.last] = (conv_node, fused)
+
+    def _fuse_residual(self, conv_node: fx.Node, fused: _Fused, follower: fx.Node | None) -> fx.Node | None:
+        if follower is None or follower.target not in _ADDS or follower.op != "call_function" or follower.kwargs:
+            return follower
+        first, second = follower.args
+        other = second if self._skip_identity(first) is fused.last else first
+        if not isinstance(other, fx.Node) or other.op == "get_attr" or self._skip_identity(other) is fused.last:
+            return follower
+        # The convolution moves down to the add: what it reads must not be written in between.
+        if self._skip_identity(conv_node.args[0]) in self._written or self._is_masked(other):
+            return follower
+        if other in {node for node, (_, earlier) in self._fused_at.items() if earlier.residual is fused.last}:
+            return follower
+        fused.residual, fused.last = other, follower
+        self._swallowed.add(follower)
+        return self._sole_follower(follower)
+
+    def _sole_follower(self, node: fx.Node) -> fx.Node | None:
+        """The only reader of `node`, past operations that do nothing in eval; None if it is read twice."""
+        while len(node.users) == 1:
+            reader = next(iter(node.users))
+            if not is_identity(self._module(reader)):
+                return reader if reader not in self._swallowed else None
+            node = reader
+        return None
+
+    def _skip_identity(self, value: Any) -> Any:
+        while isinstance(value, fx.Node) and is_identity(self._module(value)):
+            value = value.args[0]
+        return value
+
+    def _is_masked(self, value: Any) -> bool:
+        value = self._skip_identity(value)
+        return isinstance(value, fx.Node) and value.op == "call_method" and value.target == "mask_features"
+
+    def _written_in_place(self, graph: fx.Graph) -> set[fx.Node]:
+        written = set()
+        for node in graph.nodes:
+            in_place = (
+                getattr(self._module(node), "inplace", False)
+                or node.kwargs.get("inplace", False)
+                or (node.op == "call_method" and str(node.target).endswith("_"))
+                or str(getattr(node.target, "__name__", "")).startswith("i")
+                or str(getattr(node.target, "__name__", "")).endswith("_")
+            )
+            if in_place and node.args:
+                written.add(self._skip_identity(node.args[0]))
+        return written
+
+    def _is_foldable_conv(self, node: fx.Node) -> bool:
+        conv = self._module(node)
+        if type(conv) is not nn.Conv2d or has_hooks(conv) or len(node.args) != 1:
+            return False
+        return not_plain(conv) is None or conv.groups > 1 and symmetric_padding(conv) is not None \
+            and conv.padding_mode == "zeros"  # fmt: skip
+
+    # ------------------------------------------------------------------ emission
+
+    def _emit(self, node: fx.Node) -> None:
+        if node in self._fused_at:
+            conv_node, fused = self._fused_at[node]
+            self._emit_conv(conv_node, fused)
+        elif node in self._swallowed:
+            return
+        elif node.op == "placeholder":
+            self._values[node] = self.graph.node_copy(node, self._value)
+            if node.target == "masker":
+                self._model_node = self._values[node]
+                self._tensors_node = self.graph.placeholder("tensors")
+        elif node.op == "call_method" and node.target == "mask_features":
+            _, features, _, name = node.args
+            self._values[node] = self._value(features)
+            self._active[node] = self._decisions[name]
+        elif node.op == "call_module" and str(node.target).startswith("gates."):
+            self._emit_gate(node)
+        elif node.op == "call_function" and node.target is operator.getitem and self._is_gate(node.args[0]):
+            return
+        elif is_identity(self._module(node)):
+            self._values[node] = self._value(node.args[0])
+        elif node in self._span_of_body:
+            self._emit_on_compact(node)
+        else:
+            self._values[node] = self.graph.node_copy(node, self._value)
+
+    def _emit_conv(self, conv_node: fx.Node, fused: _Fused) -> None:
+        folded = fused.folded
+        source = conv_node.args[0]
+        span = self._span_of_body.get(conv_node)
+        bias = None if folded.bias is None else self._packed(folded.bias)
+        geometry = (folded.stride, folded.padding, folded.dilation)
+        if span is not None:
+            weight = self._packed(folded.weight)
+            arguments = (self._value(source), weight, bias, self._decisions[span], geometry, fused.activation)
+            self._values[fused.last] = self.graph.call_function(sparse.depthwise, arguments)
+            return
+        if folded.groups > 1:
+            self._values[fused.last] = self._grouped(source, folded, bias, fused.activation)
+            return
+        in_active = self._active.get(self._skip_identity(source))
+        name = self._producers.get(conv_node)
+        out_active = None if name is None else self._decisions[name]
+        weight = self._packed(_storage(folded.weight, in_active is not None, out_active is not None))
+        residual = None if fused.residual is None else self._value(fused.residual)
+        self._values[fused.last] = self.graph.call_function(
+            sparse.conv,
+            (self._value(source), weight, bias, in_active, out_active, residual, geometry, fused.activation),
+        )
+
+    def _grouped(self, source: Any, folded: Folded, bias: fx.Node | None, activation: str) -> fx.Node:
+        weight = self._packed(folded.weight)
+        x = self._value(source)
+        arguments = (x, weight, bias, folded.stride, folded.padding, folded.dilation, folded.groups)
+        result = self.graph.call_function(F.conv2d, arguments)
+        if activation == "none":
+            return result
+        return self.graph.call_function(cpu.activate_, (result, activation))
+
+    def _emit_on_compact(self, node: fx.Node) -> None:
+        """An operation inside a span that no convolution swallowed."""
+        module = self._module(node)
+        x = self._value(node.args[0])
+        decision = self._decisions[self._span_of_body[node]]
+        if isinstance(module, _BatchNorm):
+            affine = norm_affine(module)
+            activations = norm_parts(module)
+            assert affine is not None  # spans only walk through norms with running statistics
+            arguments = (x, self._packed(affine.scale), self._packed(affine.shift), decision, activations or "none")
+            value = self.graph.call_function(sparse.affine, arguments)
+            if activations is None:
+                for name, child in module.named_children():
+                    if not is_identity(child):
+                        value = self.graph.call_module(f"{node.target}.{name}", (value,))
+                        value = self._cleared(value, decision, len(affine.scale))
+        else:
+            value = self.graph.node_copy(node, self._value)
+            name = self._span_of_body[node]
+            if activation_name(node, module) is None and _moves_zero(node, module):
+                value = self._cleared(value, decision, self.model.report.gated[name].channels)
+        self._values[node] = value
+
+    def _cleared(self, value: fx.Node, decision: fx.Node, channels: int) -> fx.Node:
+        """Zeros again in the columns that the contract wants zero, after an activation with f(0) != 0."""
+        like = next(self.model.parameters())
+        ones = self._packed(torch.ones(channels, dtype=like.dtype, device=like.device))
+        zeros = self._packed(torch.zeros(channels, dtype=like.dtype, device=like.device))
+        return self.graph.call_function(sparse.affine, (value, ones, zeros, decision, "none"))
+
+    def _emit_gate(self, node: fx.Node) -> None:
+        gate = self._module(node)
+        key = str(node.target).removeprefix("gates.")
+        spans = sorted((span.head, name) for name, span in self.model.report.gated.items() if span.gate == key)
+        names = [name for _, name in spans]
+        source = self._skip_identity(node.args[0])
+        common = (self._model_node, self._value(source), self._active.get(source))
+        gated = self.model.report.gated
+        start = len(self.graph.nodes)
+        if isinstance(gate, PooledGate):
+            heads = [
+                (self._packed(head.weight.float()), self._packed(head.bias.float()),
+                 gated[name].channels, gated[name].granularity)
+                for head, name in zip(cast(list[nn.Linear], list(gate.project)), names, strict=True)
+            ]  # fmt: skip
+            w1, b1 = self._packed(gate.reduce.weight.float()), self._packed(gate.reduce.bias.float())
+            found = self.graph.call_function(sparse.pooled_gate, (*common, w1, b1, heads, names))
+        else:
+            assert isinstance(gate, ConvGate)  # GATE_CLASSES has two
+            norm = norm_affine(gate.bn)
+            assert norm is not None  # BatchNorm2d tracks its statistics by default
+            first = gate.conv1.masked_weight().float() * norm.scale.float()[:, None, None, None]
+            tails = [
+                (*map(self._packed, window_matrix(gate.conv2.masked_weight(), head.weight, head.bias)),
+                 gated[name].channels, gated[name].granularity)
+                for head, name in zip(cast(list[nn.Conv2d], list(gate.project)), names, strict=True)
+            ]  # fmt: skip
+            reduce = _storage(gate.reduce.weight.float(), self._active.get(source) is not None, False)
+            arguments = (
+                *common, self._packed(reduce), self._packed(_storage(first, False, False)),
+                self._packed(norm.shift.float()), tails, names,
+            )  # fmt: skip
+            found = self.graph.call_function(sparse.conv_gate, arguments)
+        for head, name in enumerate(names):
+            self._decisions[name] = self.graph.call_function(operator.getitem, (found, head))
+        for added in list(self.graph.nodes)[start:]:
+            added.meta["gate"] = key
+
+    # ------------------------------------------------------------------ small lookups
+
+    def _module(self, node: fx.Node | None) -> nn.Module | None:
+        return self._modules.get(str(node.target)) if node is not None and node.op == "call_module" else None
+
+    def _is_gate(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith("gates.")
+
+    def _value(self, value: Any) -> Any:
+        return self._values[value] if isinstance(value, fx.Node) else value
+
+    def _packed(self, tensor: Tensor) -> fx.Node:
+        # A copy even where folding changed nothing: it must not follow the parameter half-way.
+        self.tensors.append(tensor.detach().clone())
+        return self.graph.call_function(operator.getitem, (self._tensors_node, len(self.tensors) - 1))
+
+
+def _storage(weight: Tensor, in_gated: bool, out_gated: bool) -> Tensor:
+    """The memory layout from which the active part is gathered fastest."""
+    if in_gated and not out_gated and weight.shape[2:] == (1, 1):
+        return weight.transpose(0, 1).contiguous().transpose(0, 1)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _moves_zero(node: fx.Node, module: nn.Module | None) -> bool:
+    """True for an activation with f(0) != 0."""
+    zero = torch.zeros(1, 1, 1, 1)
+    if node.op == "call_module":
+        return isinstance(module, (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh)) and bool(
+            module(zero).item() != 0
+        )
+    if node.op == "call_function" and node.target in (F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.hardtanh):
+        return bool(cast(Callable[..., Tensor], node.target)(zero, *node.args[1:], **node.kwargs).item() != 0)
+    return node.op == "call_method" and node.target in ("sigmoid", "sigmoid_")

@@ -1,0 +1,401 @@
+"""ACSModel: a converted network, with its modes, masks, densities and cost."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import cost, lower, ops, sparse
+from .config import ACSConfig
+from .override import GivenMasks, MaskSource, RandomMasks
+from .program import Program, build_gates, build_program
+from .reference import ActiveChannels
+from .spans import ConversionReport
+from .trace import DROPOUTS, trace
+
+MODES = ("soft", "hard", "sparse")
+_OWN_CHILDREN = ("gates", DROPOUTS)
+
+
+@dataclass
+class _Caches:
+    """What can be made again: never in a state dict, dropped by deepcopy and pickle.
+
+    record: by span, what the last forward decided: straight-through masks [N, groups] (soft),
+        bool masks [N, groups] (hard) or ActiveChannels (sparse).
+    """
+
+    program: Program | None = None
+    lowered: lower.Lowered | None = None
+    stale: bool = True
+    record: dict[str, Tensor | ActiveChannels] = field(default_factory=dict)
+    recorded_mode: str = ""
+    recorded_input: tuple[int, ...] = ()
+    override: MaskSource | None = None
+    forced: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ACSModel(nn.Module):
+    """A network whose gates choose, for each input, which channels to compute.
+
+    It owns every child, parameter and buffer of the original under its own name, and runs the traced
+    code of the original on itself. Made by `convert_model`.
+
+    report: what is gated and why the rest is not.
+    config: the configuration it was converted with.
+    gates: the gating networks, by the first producer's name with "." written "__".
+    """
+
+    gates: nn.ModuleDict
+
+    def __init__(self, source: nn.Module, config: ACSConfig) -> None:
+        super().__init__()
+        _refuse_clashes(source)
+        self.config = config
+        self._source_type = type(source)
+        self._source_attributes = {
+            name: value for name, value in vars(source).items() if name not in vars(self) or name.startswith("_version")
+        }
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            getattr(self, table).update(getattr(source, table))
+        self.training = source.training
+        self._threshold = 0.5
+        self._mode = "soft" if source.training else config.eval_mode
+        self._caches = _Caches()
+        program = self._build_program()
+        self.report: ConversionReport = program.plan.report
+        self.gates = build_gates(self, self.report.gated, config)
+        self.gates.train(self.training)
+
+    # ------------------------------------------------------------------ modes
+
+    @property
+    def mode(self) -> str:
+        """ "soft", "hard" or "sparse"."""
+        return self._mode
+
+    def set_mode(self, mode: str) -> _ModeGuard:
+        """Set the mode without touching `.training`; as a context manager, restores the earlier one.
+
+        "soft": dense compute times a differentiable mask. "hard": dense compute under the 0/1 mask.
+        "sparse": skipped work is not done (inference only). Another name is a ValueError.
+        """
+        if mode not in MODES:
+            raise ValueError(f"set_mode: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        guard = _ModeGuard(self, self._mode)
+        self._mode = mode
+        if mode == "sparse":
+            self._lower_again()
+        return guard
+
+    def train(self, mode: bool = True) -> ACSModel:
+        """As `nn.Module.train`; True also sets soft mode, False the configuration's `eval_mode`."""
+        super().train(mode)
+        self._mode = "soft" if mode else self.config.eval_mode
+        if mode:
+            self._caches.stale = True
+        elif self._mode == "sparse":
+            self._lower_again()
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward under the current mode. The first input must be [N, C, H, W]."""
+        caches = self._caches
+        batch = self._check_input(args, kwargs)
+        caches.record = {}
+        caches.recorded_mode = self._mode
+        caches.recorded_input = tuple(batch.shape)
+        caches.forced = {} if caches.override is None else caches.override.draw(batch.shape[0], batch.device)
+        if self._mode == "sparse":
+            return self._forward_sparse(batch, args, kwargs)
+        if self._mode == "soft" or torch.is_grad_enabled():
+            # An optimizer step may follow, and a fused one does not change tensor versions.
+            caches.stale = True
+        return self._program().forward(self, self, *args, **kwargs)
+
+    def mask_features(self, features: Tensor, logits: Tensor, span: str) -> Tensor:
+        """Apply a gate's decision to the features [N, C, H, W] at the end of `span` (soft and hard modes)."""
+        forced = self._caches.forced.get(span)
+        keep = logits > self.logit_threshold if forced is None else forced
+        if self._mode == "hard":
+            self._record(span, keep)
+            return torch.where(_per_channel(keep, features), features, 0)
+        mask = keep.to(logits.dtype)
+        if forced is None:
+            # Straight-through: the value is the hard mask's, the gradient the probability's.
+            probability = logits.sigmoid()
+            mask = mask + (probability - probability.detach())
+        self._record(span, mask)
+        return features * _per_channel(mask, features).to(features.dtype)
+
+    def decide(self, span: str, active: ActiveChannels) -> ActiveChannels:
+        """Record the decision of a gate for `span` in sparse mode, or what overrides it."""
+        forced = self._caches.forced.get(span)
+        if forced is not None:
+            known = self.report.gated[span]
+            active = sparse.compact(forced, known.channels, known.granularity)
+        self._record(span, active)
+        return active
+
+    def _forward_sparse(self, batch: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.training:
+            raise RuntimeError(
+                "ACSModel.forward: sparse mode needs .training False (batch norms use running statistics), "
+                'got True; call eval(), or set_mode("soft") to train'
+            )
+        if torch.is_grad_enabled() and batch.requires_grad:
+            raise RuntimeError(
+                "ACSModel.forward: sparse mode builds no autograd graph, but the input requires grad; "
+                'use set_mode("hard") for gradients, or torch.no_grad()'
+            )
+        ops.implementation(batch.device)  # raises where there is no sparse path
+        if not torch.compiler.is_compiling():
+            self._ensure_lowered()
+        lowered = self._caches.lowered
+        if lowered is None:
+            raise RuntimeError(
+                "ACSModel.forward: the model is not lowered, and compiled code cannot do it; "
+                "run one forward or `model.lower(x)` first"
+            )
+        with torch.no_grad():
+            return lowered.forward(self, self, lowered.tensors, *args, **kwargs)
+
+    def _record(self, span: str, decision: Tensor | ActiveChannels) -> None:
+        # Exporting would leave symbolic tensors behind.
+        if not torch.compiler.is_exporting():
+            self._caches.record[span] = decision
+
+    def _check_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if batch is None:
+            raise TypeError("ACSModel.forward: expected a tensor [N, C, H, W] as the first input, got none")
+        if batch.ndim != 4:
+            raise ValueError(
+                f"ACSModel.forward: the input must be 4-D [N, C, H, W], got {list(batch.shape)}; "
+                "add a batch dimension with x[None] if it is one image"
+            )
+        expected = self._program().input_channels
+        if expected is not None and batch.shape[1] != expected:
+            raise ValueError(
+                f"ACSModel.forward: the input must have {expected} channels, got {batch.shape[1]} "
+                f"in {list(batch.shape)}"
+            )
+        return batch
+
+    # ------------------------------------------------------------------ masks
+
+    @property
+    def logit_threshold(self) -> float:
+        return math.log(self._threshold / (1 - self._threshold))
+
+    @property
+    def threshold(self) -> float:
+        """Gate probability above which a channel group runs."""
+        return self._threshold
+
+    def set_threshold(self, probability: float) -> None:
+        """Set the gate probability, in (0, 1), above which a channel group runs."""
+        if not 0 < probability < 1:
+            raise ValueError(f"set_threshold: probability must be in (0, 1), got {probability!r}")
+        self._threshold = float(probability)
+
+    @contextmanager
+    def override_masks(
+        self, masks: Mapping[str, Tensor] | None = None, *, density: float | None = None, seed: int = 0
+    ) -> Iterator[ACSModel]:
+        """Replace the gates' decisions inside a `with` block; the gates still run.
+
+        Either `masks`, bool [N, C] by span name (spans not named keep their own decision), or
+        `density` in [0, 1]: a fixed count of random groups per sample, new at each forward, from one
+        generator with `seed`. ValueError for a wrong name, shape or a mask that divides a group.
+        """
+        if (masks is None) == (density is None):
+            raise ValueError("override_masks: give either masks or density=, not both and not neither")
+        source: MaskSource
+        if masks is not None:
+            source = GivenMasks.checked(dict(masks), self.report.gated)
+        else:
+            assert density is not None
+            source = RandomMasks.checked(density, seed, self.report.gated)
+        earlier = self._caches.override
+        self._caches.override = source
+        try:
+            yield self
+        finally:
+            self._caches.override = earlier
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of the last forward, bool [N, C] by span name. RuntimeError before any forward."""
+        masks = {}
+        for name, decision in self._recorded("masks").items():
+            span = self.report.gated[name]
+            if isinstance(decision, ActiveChannels):
+                masks[name] = sparse.mask_of(decision, span.channels)
+            else:
+                masks[name] = (decision.detach() > 0).repeat_interleave(span.granularity, dim=1)
+        return masks
+
+    def densities(self) -> dict[str, float]:
+        """Mean density of each span in the last forward. RuntimeError before any forward."""
+        return {name: mask.float().mean().item() for name, mask in self.masks().items()}
+
+    def _recorded(self, function: str) -> dict[str, Tensor | ActiveChannels]:
+        record = self._caches.record
+        if set(record) != set(self.report.gated):
+            raise RuntimeError(f"{function}: nothing is recorded yet; run a forward first")
+        return {name: record[name] for name in self.report.gated}
+
+    # ------------------------------------------------------------------ cost
+
+    def macs(self) -> cost.MacReport:
+        """Multiply-accumulates of the last forward, per sample. RuntimeError before any forward."""
+        self._recorded("macs")
+        caches = self._caches
+        ran_sparse = caches.lowered if caches.recorded_mode == "sparse" else None
+        return cost.mac_report(self, self._program(), caches.recorded_input, self.masks(), ran_sparse)
+
+    def cost_loss(self, target_density: float | None = None) -> Tensor:
+        """((MACs implied by the masks - budget) / budget)^2, a differentiable scalar, for the last soft forward.
+
+        The implied MACs are the batch mean, computed from the straight-through masks that multiplied
+        the features. The budget is the model's MACs when each gated span runs at `target_density`
+        (the configuration's unless given, for a schedule); gates count on both sides.
+        RuntimeError unless the last forward was a soft one.
+        """
+        if self._caches.recorded_mode != "soft":
+            raise RuntimeError(
+                "cost_loss: needs the masks of a soft forward, "
+                f"but the last forward was {self._caches.recorded_mode or 'none'}; call train() and run one"
+            )
+        density = self.config.target_density if target_density is None else target_density
+        if not 0 < density <= 1:
+            raise ValueError(f"cost_loss: target_density must be in (0, 1], got {density!r}")
+        masks = {name: mask for name, mask in self._recorded("cost_loss").items() if isinstance(mask, Tensor)}
+        return cost.cost_loss(self, self._program(), self._caches.recorded_input, masks, density)
+
+    # ------------------------------------------------------------------ lowering and caches
+
+    def lower(self, example_input: Tensor | None = None) -> ACSModel:
+        """Make the sparse graph now: batch norms folded, epilogues fused, weights packed.
+
+        Runs one sparse forward if `example_input` is given. RuntimeError while training.
+        """
+        if self.training:
+            raise RuntimeError("lower: needs .training False (batch norms are folded), got True; call eval() first")
+        self._ensure_lowered()
+        if example_input is not None:
+            with self.set_mode("sparse"), torch.no_grad():
+                self(example_input)
+        return self
+
+    def _ensure_lowered(self) -> None:
+        caches = self._caches
+        if caches.lowered is None or caches.stale or lower.has_changed(self, caches.lowered):
+            caches.lowered = lower.lower(self, self._program(), caches.lowered)
+            caches.stale = False
+
+    def _lower_again(self) -> None:
+        """A model that was lowered before is brought up to date at once, for compiled and captured code."""
+        if self._caches.lowered is not None and not self.training:
+            self._ensure_lowered()
+
+    def _program(self) -> Program:
+        program = self._caches.program
+        return self._build_program() if program is None else program
+
+    def _build_program(self) -> Program:
+        traced = trace(self.source_view())
+        if traced.dropouts and not hasattr(self, DROPOUTS):
+            self.add_module(DROPOUTS, nn.ModuleList(traced.dropouts).train(self.training))
+        program = build_program(self, traced, self.config)
+        known = getattr(self, "report", None)
+        if known is not None and known.gated != program.plan.report.gated:
+            raise RuntimeError(
+                "ACSModel: the network's structure changed since it was converted, so its gates no longer fit; "
+                "unconvert it and convert it again"
+            )
+        self._caches.program = program
+        return program
+
+    def source_view(self) -> nn.Module:
+        """An instance of the original class that shares this model's children, parameters and buffers."""
+        view = self._source_type.__new__(self._source_type)
+        nn.Module.__init__(view)
+        vars(view).update(self._source_attributes)
+        view.training = self.training
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            getattr(view, table).update(getattr(self, table))
+        view._modules.update({name: child for name, child in self._modules.items() if name not in _OWN_CHILDREN})
+        return view
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ACSModel:
+        self._caches.stale = True
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._caches.stale = True
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_caches": _Caches()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Now, because compiled code cannot trace.
+        self._build_program()
+
+    def extra_repr(self) -> str:
+        return f"mode={self._mode}, gate={self.config.gate}, spans={len(self.report.gated)}"
+
+
+class _ModeGuard:
+    """What `set_mode` returns: entering keeps the new mode, leaving restores the earlier one."""
+
+    def __init__(self, model: ACSModel, earlier: str) -> None:
+        self._model = model
+        self._earlier = earlier
+
+    def __enter__(self) -> ACSModel:
+        return self._model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._model.set_mode(self._earlier)
+
+
+def unconvert(model: ACSModel) -> nn.Module:
+    """The original class with plain convolutions and the weights of `model`, under the same names.
+
+    The result shares nothing with `model`. Raises TypeError for anything but an ACSModel.
+    """
+    if not isinstance(model, ACSModel):
+        raise TypeError(f"unconvert: expected an ACSModel, got {type(model).__name__}")
+    return copy.deepcopy(model.source_view())
+
+
+def _per_channel(mask: Tensor, features: Tensor) -> Tensor:
+    """[N, groups] -> [N, C, 1, 1]."""
+    groups, channels = mask.shape[1], features.shape[1]
+    return mask[:, :, None].expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
+
+
+def _refuse_clashes(source: nn.Module) -> None:
+    own = {name for name in dir(ACSModel) if name not in dir(nn.Module)}
+    own |= {"config", "report", *_OWN_CHILDREN}
+    names = {*source._modules, *source._parameters, *source._buffers}
+    clashes = sorted(names & own)
+    if clashes:
+        raise ValueError(
+            f"convert_model: {type(source).__name__} has {', '.join(map(repr, clashes))}, "
+            "a name that ACSModel needs for itself; rename it in the network"
+        )

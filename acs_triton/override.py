@@ -1,0 +1,115 @@
+"""Masks that replace the decision of the gates: given ones, or random ones drawn at each forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .spans import Span
+
+# splitmix64, whose output is uniform for consecutive inputs; written as signed 64-bit numbers.
+_INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+
+
+class MaskSource(Protocol):
+    def draw(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """Group masks, bool [batch, groups], by span name, for one forward."""
+        ...
+
+
+@dataclass
+class GivenMasks:
+    """The same masks at every forward."""
+
+    groups: dict[str, Tensor]
+
+    @classmethod
+    def checked(cls, masks: dict[str, Tensor], spans: dict[str, Span]) -> GivenMasks:
+        """Masks bool [N, C] by span name. ValueError: a wrong name, dtype, shape, or a divided group."""
+        groups = {}
+        for name, mask in masks.items():
+            if name not in spans:
+                raise ValueError(
+                    f"override_masks: {name!r} is not a gated span; the spans are {', '.join(map(repr, spans))}"
+                )
+            groups[name] = _group_mask(name, mask, spans[name])
+        return cls(groups)
+
+    def draw(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        for name, mask in self.groups.items():
+            if mask.shape[0] != batch:
+                raise ValueError(
+                    f"override_masks: the mask of {name!r} is for a batch of {mask.shape[0]}, the input has {batch}; "
+                    "give one row for each sample"
+                )
+        return {name: mask.to(device) for name, mask in self.groups.items()}
+
+
+@dataclass
+class RandomMasks:
+    """`density` of the groups, chosen anew for each sample at each forward.
+
+    A counter-based generator in tensor operations: the same masks on every device, and new ones at
+    each replay of a compiled or captured forward.
+    """
+
+    spans: dict[str, Span]
+    density: float
+    seed: int
+    _forwards: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def checked(cls, density: float, seed: int, spans: dict[str, Span]) -> RandomMasks:
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1:
+            raise ValueError(f"override_masks: density must be a number in [0, 1], got {density!r}")
+        return cls(spans, float(density), int(seed))
+
+    def draw(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        if device not in self._forwards:
+            self._forwards[device] = torch.full((1,), self.seed << 32, dtype=torch.int64, device=device)
+        forwards = self._forwards[device]
+        widest = max(span.groups for span in self.spans.values())
+        shape = (len(self.spans), batch, widest)
+        positions = torch.arange(len(self.spans) * batch * widest, device=device).view(shape)
+        scores = _mix(_mix(forwards) + positions)
+        forwards += 1
+        masks = {}
+        for (name, span), score in zip(self.spans.items(), scores.unbind(), strict=True):
+            kept = int(self.density * span.groups + 0.5)
+            rank = score[:, : span.groups].argsort(dim=1).argsort(dim=1)
+            masks[name] = rank < kept
+        return masks
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    numbers = numbers + _INCREMENT
+    for shift, multiplier in _MULTIPLIERS:
+        numbers = (numbers ^ _shifted_right(numbers, shift)) * multiplier
+    return numbers ^ _shifted_right(numbers, 31)
+
+
+def _shifted_right(numbers: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own keeps the sign."""
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _group_mask(name: str, mask: Tensor, span: Span) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"override_masks: the mask of {name!r} must be a bool tensor, got {got}")
+    if mask.ndim != 2 or mask.shape[1] != span.channels:
+        raise ValueError(
+            f"override_masks: the mask of {name!r} must be [N, {span.channels}] (its channels), "
+            f"got {list(mask.shape)}"
+        )
+    grouped = mask.view(mask.shape[0], span.groups, span.granularity)
+    if not torch.equal(grouped, grouped[:, :, :1].expand_as(grouped)):
+        raise ValueError(
+            f"override_masks: the mask of {name!r} divides a group; each {span.granularity} contiguous channels "
+            f"share one decision, so the mask must be constant within them"
+        )
+    return grouped[:, :, 0].contiguous()

@@ -1,0 +1,162 @@
+"""What the lowered graph calls: each function runs one fused step on active channels.
+
+On a CPU, outside of a compiler, a compact tensor is only as wide as it must be; everywhere else it
+has the width of the operators' contract.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu, ops
+from ._checks import prepare
+from .gates import full_precision
+from .ops import ActiveChannels
+
+if TYPE_CHECKING:
+    from .model import ACSModel
+    from .reference.gate_head import Head
+
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""Stride, padding, dilation, each (height, width)."""
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_active: ActiveChannels | None,
+    out_active: ActiveChannels | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+) -> Tensor:
+    """activation(conv2d(x, weight) + bias + residual) on the active channels."""
+    stride, padding, dilation = geometry
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, residual = prepare("ACSModel.forward", x, weight, bias, residual)
+    if residual is not None:
+        size = ops.output_size(x, weight, stride, padding, dilation)
+        if residual.shape != (x.shape[0], weight.shape[0], *size):
+            # The original's add broadcasts.
+            alone = conv(x, weight, bias, in_active, out_active, None, geometry, "none")
+            return cpu.activate_(alone + residual, activation)
+    if _direct(x):
+        return cpu.gated_conv2d(
+            x, weight, bias, in_active=in_active, out_active=out_active, residual=residual,
+            stride=stride, padding=padding, dilation=dilation, activation=activation, tight=True,
+        )  # fmt: skip
+    return ops.gated_conv2d(
+        x, weight, bias, in_active=in_active, out_active=out_active, residual=residual,
+        stride=stride, padding=padding, dilation=dilation, activation=activation,
+    )  # fmt: skip
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveChannels, geometry: Geometry, activation: str
+) -> Tensor:
+    """activation(depthwise conv2d(x, weight) + bias) on a compact tensor."""
+    stride, padding, dilation = geometry
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
+    if _direct(x):
+        return cpu.gated_depthwise_conv2d(
+            x, weight, bias, active=active, stride=stride, padding=padding, dilation=dilation,
+            activation=activation, tight=True,
+        )  # fmt: skip
+    return ops.gated_depthwise_conv2d(
+        x, weight, bias, active=active, stride=stride, padding=padding, dilation=dilation, activation=activation
+    )
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor, active: ActiveChannels, activation: str) -> Tensor:
+    """activation(x * scale + shift) on a compact tensor; columns beyond the count become zeros again."""
+    if _direct(x):
+        return cpu.gated_affine(x, scale, shift, active=active, activation=activation, tight=True)
+    return ops.gated_affine(x, scale, shift, active=active, activation=activation)
+
+
+def pooled_gate(
+    model: ACSModel,
+    x: Tensor,
+    in_active: ActiveChannels | None,
+    w1: Tensor,
+    b1: Tensor,
+    heads: list[Head],
+    spans: list[str],
+) -> tuple[ActiveChannels, ...]:
+    """PooledGate with its decision: x [N, C, H, W], dense or compact, to the active channels of each span."""
+    with full_precision(x):
+        pooled = x.mean((2, 3), dtype=torch.float32)
+        if _direct(x):
+            active = cpu.gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=model.threshold)
+        else:
+            active = ops.gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=model.threshold)
+    return tuple(model.decide(name, found) for name, found in zip(spans, active, strict=True))
+
+
+def conv_gate(
+    model: ACSModel,
+    x: Tensor,
+    in_active: ActiveChannels | None,
+    reduce: Tensor,
+    conv1: Tensor,
+    bias1: Tensor,
+    tails: list[tuple[Tensor, Tensor, int, int]],
+    spans: list[str],
+) -> tuple[ActiveChannels, ...]:
+    """ConvGate with its decision. Its last conv, pool and projection are one matrix on nine window means.
+
+    tails: (matrix [groups, 9 * hidden], bias [groups], channels, granularity) of each span.
+    """
+    with full_precision(x):
+        reduced = conv(x.float(), reduce, None, in_active, None, None, ((2, 2), (0, 0), (1, 1)), "none")
+        hidden = conv(reduced, conv1, bias1, None, None, None, ((2, 2), (1, 1), (1, 1)), "relu")
+        means = window_means(hidden)
+        active = []
+        for name, (matrix, bias, channels, granularity) in zip(spans, tails, strict=True):
+            keep = F.linear(means, matrix, bias) > model.logit_threshold
+            active.append(model.decide(name, compact(keep, channels, granularity)))
+    return tuple(active)
+
+
+def window_means(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, 9 * C]: for each tap of a zero-padded 3x3 conv, the mean over what it reads.
+
+    The mean over all positions of a 3x3 convolution with padding 1 is linear in these.
+    """
+    samples, channels, height, width = x.shape
+    rows, columns = _windows(height, x), _windows(width, x)
+    taps = (rows[:, None, :, None] * columns[None, :, None, :]).view(9, height * width)
+    pixels = x.permute(0, 2, 3, 1).reshape(samples, height * width, channels)
+    return torch.matmul(taps / (height * width), pixels).view(samples, 9 * channels)
+
+
+def _windows(length: int, like: Tensor) -> Tensor:
+    """[3, length]: 1 where a tap at offset -1, 0, +1 reads while its output runs over all positions."""
+    windows = like.new_ones(3, length)
+    windows[0, -1:] = 0
+    windows[2, :1] = 0
+    return windows
+
+
+def compact(keep: Tensor, channels: int, granularity: int) -> ActiveChannels:
+    """Group decisions, bool [N, groups], as active channels."""
+    mask = keep[:, :, None].expand(-1, -1, granularity).reshape(-1, channels)
+    if _direct(keep):
+        return cpu.compact_channels(mask, granularity)
+    return ops.compact_channels(mask, granularity)
+
+
+def mask_of(active: ActiveChannels, channels: int) -> Tensor:
+    """The bool mask [N, channels] that `active` lists."""
+    mask = active.index.new_zeros((active.index.shape[0], channels + 1), dtype=torch.bool)
+    return mask.scatter_(1, active.index.long(), True)[:, :channels]
+
+
+def _direct(x: Tensor) -> bool:
+    return ops.run_direct(x)

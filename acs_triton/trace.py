@@ -1,0 +1,218 @@
+"""Trace a module with torch.fx so that the graph means the same in train and in eval.
+
+Leaves are modules without children, batch norms of every class, parametrized modules, modules
+with hooks, and whatever could not be traced: what they do in train and eval survives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import linecache
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+# Child of the converted model that holds the modules made from functional dropout calls.
+DROPOUTS = "functional_dropout"
+
+_DROPOUT_MODULES: dict[Callable[..., Any], type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+    torch.dropout: nn.Dropout,
+}
+
+_graph_numbers = itertools.count()
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass
+class Trace:
+    """A traced module.
+
+    graph: the traced operations; targets are qualified names on the traced root.
+    dropouts: modules for the functional dropouts of the graph, to live under `DROPOUTS`.
+    opaque: submodules that were left whole, with the reason and the line.
+    """
+
+    graph: fx.Graph
+    dropouts: list[nn.Module]
+    opaque: dict[str, str] = field(default_factory=dict)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, table, None) for table in _HOOK_TABLES)
+
+
+def trace(root: nn.Module) -> Trace:
+    """Trace `root` in train and in eval mode; a submodule where they differ is left whole.
+
+    The `training` flags of `root` are as before on return. Raises ValueError if the root itself
+    cannot be traced or behaves differently in the two modes, naming the line.
+    """
+    opaque: dict[str, str] = {}
+    with _kept_training_flags(root):
+        while True:
+            graphs = []
+            for training in (True, False):
+                root.train(training)
+                outcome = _trace_once(root, opaque)
+                if isinstance(outcome, _Failure):
+                    break
+                graphs.append(outcome)
+            else:
+                outcome = _first_difference(*graphs)
+            if outcome is None or not isinstance(outcome, _Failure):
+                graph = graphs[1]
+                return Trace(graph, _modules_for_dropouts(graph), opaque)
+            if not outcome.submodule:
+                raise ValueError(f"convert_model: {type(root).__name__} {outcome.reason}")
+            opaque[outcome.submodule] = outcome.reason
+
+
+@dataclass
+class _Failure:
+    submodule: str
+    reason: str
+
+
+class _LeafTracer(fx.Tracer):
+    record_stack_traces = True
+
+    def __init__(self, opaque: dict[str, str]) -> None:
+        super().__init__()
+        self._opaque = opaque
+        self._path = [""]
+        self.failed_in: str | None = None
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return (
+            name in self._opaque
+            or next(module.children(), None) is None
+            or isinstance(module, _BatchNorm)
+            or is_parametrized(module)
+            or has_hooks(module)
+            or super().is_leaf_module(module, name)
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._path.append(self.path_of_module(m))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = self._path[-1]
+            raise
+        finally:
+            self._path.pop()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        # The innermost module whose own code made this node; a leaf's call belongs to its parent.
+        owner = self._path[-1]
+        if node.op == "call_module" and node.target == owner and len(self._path) > 1:
+            owner = self._path[-2]
+        node.meta["owner"] = owner
+        return node
+
+
+def _trace_once(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
+    tracer = _LeafTracer(opaque)
+    # An optional argument keeps its default: as a proxy it would take the wrong side of `is None`.
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(root.forward).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    try:
+        graph = tracer.trace(root, concrete_args=defaults or None)
+    except Exception as error:  # noqa: BLE001 - tracing runs arbitrary user code
+        where = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in where if "/torch/" not in frame.filename and frame.filename != __file__]
+        line = f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown line"
+        return _Failure(tracer.failed_in or "", f"cannot be traced ({line}: {type(error).__name__}: {error})")
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _DROPOUT_MODULES:
+            _forget_training_flag(node)
+    return graph
+
+
+def _forget_training_flag(node: fx.Node) -> None:
+    """Rewrite `dropout(x, p, training, inplace)` to `dropout(x, p)`: the flag is the module's."""
+    probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+    source = node.args[0] if node.args else node.kwargs["input"]
+    node.args = (source, probability)
+    node.kwargs = {}
+
+
+def _modules_for_dropouts(graph: fx.Graph) -> list[nn.Module]:
+    modules: list[nn.Module] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _DROPOUT_MODULES:
+            source, probability = node.args
+            modules.append(_DROPOUT_MODULES[node.target](p=probability))
+            node.op, node.target, node.args = "call_module", f"{DROPOUTS}.{len(modules) - 1}", (source,)
+    return modules
+
+
+def _first_difference(train: fx.Graph, evaluation: fx.Graph) -> _Failure | None:
+    pairs = list(zip(train.nodes, evaluation.nodes, strict=False))
+    for left, right in pairs:
+        if _signature(left) != _signature(right):
+            return _difference(left if len(train.nodes) >= len(evaluation.nodes) else right)
+    if len(train.nodes) != len(evaluation.nodes):
+        longer = max(train.nodes, evaluation.nodes, key=len)
+        return _difference(list(longer)[len(pairs)])
+    return None
+
+
+def _signature(node: fx.Node) -> tuple[str, ...]:
+    return (node.op, str(node.target), node.name, str(node.args), str(node.kwargs))
+
+
+def _difference(node: fx.Node) -> _Failure:
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
+    what = f"`{node.target}`" + (f" near: {' '.join(lines[-2:])}" if lines else "")
+    reason = (
+        f"does something else in train than in eval, at {what}; a network with auxiliary branches "
+        "converts when built without them (for GoogLeNet and Inception: aux_logits=False)"
+    )
+    return _Failure(node.meta.get("owner", ""), reason)
+
+
+@contextmanager
+def _kept_training_flags(root: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in root.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a plain function `forward(self, ...)`, to be called with any root that has its targets."""
+    code = graph.python_code("self")
+    # The scheme that torch.compile knows as generated code; linecache makes tracebacks show the source.
+    filename = f"<eval_with_key>.acs_triton_{next(_graph_numbers)}"
+    lines = code.src.splitlines(keepends=True)
+    linecache.cache[filename] = (len(code.src), None, lines, filename)
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec", dont_inherit=True), namespace)
+    forward: Callable[..., Any] = namespace["forward"]
+    return forward
