@@ -57,8 +57,9 @@ class MacReport:
         def millions(value: float) -> str:
             return f"{value / 1e6:10.2f}"
 
+        total = LayerMacs(self.dense, self.ideal, self.executed)
         lines = [f"{'million MACs a sample':40s} {'dense':>10s} {'ideal':>10s} {'executed':>10s}"]
-        for name, layer in (*self.layers.items(), ("total", self)):
+        for name, layer in (*self.layers.items(), ("total", total)):
             lines.append(f"{name:40s} {millions(layer.dense)} {millions(layer.ideal)} {millions(layer.executed)}")
         lines.append(f"{'gates':40s} {millions(self.gates)}")
         return "\n".join(lines)

@@ -213,7 +213,9 @@ def _each(
     x = x.contiguous(memory_format=torch.channels_last)
     if len(runs) == 1:
         y = run(x, *runs[0])
-        return y if y.shape[1] == width else F.pad(y, (0, 0, 0, 0, 0, width - y.shape[1]))
+        if y.shape[1] == width:
+            return y
+        return F.pad(y, (0, 0, 0, 0, 0, width - y.shape[1])).contiguous(memory_format=torch.channels_last)
     out = torch.zeros((x.shape[0], width, *size()), dtype=x.dtype, device=x.device)
     out = out.contiguous(memory_format=torch.channels_last)
     for samples, counts in runs:

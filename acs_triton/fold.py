@@ -80,7 +80,7 @@ def norm_affine(norm: _BatchNorm) -> Affine | None:
 
 
 def norm_parts(norm: _BatchNorm) -> str | None:
-    """The fusible activation inside a norm (timm's BatchNormAct2d has one): its name, "none", or None if not fusible."""
+    """The activation inside a norm (timm's BatchNormAct2d has one): its name, "none", or None if it cannot be fused."""
     inside = [child for child in norm.children() if not is_identity(child)]
     if not inside:
         return "none"
@@ -114,10 +114,10 @@ def is_identity(module: nn.Module | None) -> bool:
     return type(module) is nn.Identity
 
 
-def window_matrix(conv: Tensor, project: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """3x3 conv (padding 1, weight [M, K, 3, 3]), mean over positions, then project [G, M, ...] + bias, as one matrix.
+def window_matrix(conv: Tensor, project: Tensor) -> Tensor:
+    """3x3 conv (padding 1, weight [M, K, 3, 3]), mean over positions, then project [G, M], as one matrix.
 
-    Returns (matrix [G, 9 * K], bias [G]) in fp32, to be applied to `sparse.window_means`.
+    Returns [G, 9 * K] in fp32, to be applied to `sparse.window_means`.
     """
     taps = conv.float().permute(0, 2, 3, 1).flatten(1)  # [M, 9 * K]
-    return project.flatten(1).float() @ taps, bias.float()
+    return project @ taps

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +40,14 @@ class PooledGate(nn.Module):
     def __init__(self, in_channels: int, hidden: int, heads: list[Head]) -> None:
         super().__init__()
         self.reduce = nn.Linear(in_channels, hidden)
-        self.project = nn.ModuleList(_open(nn.Linear(hidden, head.groups)) for head in heads)
+        self.project = nn.ModuleList(nn.Linear(hidden, head.groups) for head in heads)
+        _open(self.project)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         with full_precision(x):
             pooled = x.mean((2, 3), dtype=torch.float32)
             hidden = F.relu(F.linear(pooled, self.reduce.weight.float(), self.reduce.bias.float()))
-            return tuple(F.linear(hidden, p.weight.float(), p.bias.float()) for p in self.project)
+            return tuple(F.linear(hidden, weight, bias) for weight, bias in projections(self))
 
 
 class ConvGate(nn.Module):
@@ -64,7 +65,8 @@ class ConvGate(nn.Module):
         self.conv1 = DynamicGroupConv2d(hidden, hidden, 3, stride=2, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(hidden)
         self.conv2 = DynamicGroupConv2d(hidden, hidden, 3, padding=1, bias=False)
-        self.project = nn.ModuleList(_open(nn.Conv2d(hidden, head.groups, 1)) for head in heads)
+        self.project = nn.ModuleList(nn.Conv2d(hidden, head.groups, 1) for head in heads)
+        _open(self.project)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         with full_precision(x):
@@ -73,7 +75,7 @@ class ConvGate(nn.Module):
             hidden = F.relu(self._normalise(hidden))
             hidden = F.conv2d(hidden, self.conv2.masked_weight().float(), padding=1)
             pooled = hidden.mean((2, 3))
-            return tuple(F.linear(pooled, p.weight.flatten(1).float(), p.bias.float()) for p in self.project)
+            return tuple(F.linear(pooled, weight, bias) for weight, bias in projections(self))
 
     def _normalise(self, hidden: Tensor) -> Tensor:
         bn = self.bn
@@ -91,11 +93,16 @@ class ConvGate(nn.Module):
 GATE_CLASSES: dict[str, type[PooledGate] | type[ConvGate]] = {"gap": PooledGate, "acs": ConvGate}
 
 
-def _open(layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    nn.init.zeros_(layer.weight)
-    assert layer.bias is not None
-    nn.init.constant_(layer.bias, OPEN_BIAS)
-    return layer
+def projections(gate: PooledGate | ConvGate) -> list[tuple[Tensor, Tensor]]:
+    """The last layer of each head in fp32: weight [groups, hidden] and bias [groups]."""
+    layers = cast("list[nn.Linear]", list(gate.project))
+    return [(layer.weight.flatten(1).float(), layer.bias.float()) for layer in layers]
+
+
+def _open(layers: nn.ModuleList) -> None:
+    for layer in layers:
+        nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        nn.init.constant_(layer.bias, OPEN_BIAS)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import cpu, ops, sparse
 from .fold import Folded, activation_name, fold_conv, is_identity, norm_affine, norm_parts, window_matrix
-from .gates import ConvGate, PooledGate
+from .gates import ConvGate, PooledGate, projections
 from .program import Program
 from .spans import not_plain, symmetric_padding
 from .trace import compile_graph, has_hooks
@@ -217,8 +217,8 @@ class _Builder:
         conv = self._module(node)
         if type(conv) is not nn.Conv2d or has_hooks(conv) or len(node.args) != 1:
             return False
-        return not_plain(conv) is None or conv.groups > 1 and symmetric_padding(conv) is not None \
-            and conv.padding_mode == "zeros"  # fmt: skip
+        grouped = conv.groups > 1 and conv.padding_mode == "zeros" and symmetric_padding(conv) is not None
+        return grouped or not_plain(conv) is None
 
     # ------------------------------------------------------------------ emission
 
@@ -226,7 +226,7 @@ class _Builder:
         if node in self._fused_at:
             conv_node, fused = self._fused_at[node]
             self._emit_conv(conv_node, fused)
-        elif node in self._swallowed:
+        elif node in self._swallowed or is_identity(self._module(node)):
             return
         elif node.op == "placeholder":
             self._values[node] = self.graph.node_copy(node, self._value)
@@ -236,13 +236,11 @@ class _Builder:
         elif node.op == "call_method" and node.target == "mask_features":
             _, features, _, name = node.args
             self._values[node] = self._value(features)
-            self._active[node] = self._decisions[name]
+            self._active[node] = self._decisions[str(name)]
         elif node.op == "call_module" and str(node.target).startswith("gates."):
             self._emit_gate(node)
         elif node.op == "call_function" and node.target is operator.getitem and self._is_gate(node.args[0]):
             return
-        elif is_identity(self._module(node)):
-            self._values[node] = self._value(node.args[0])
         elif node in self._span_of_body:
             self._emit_on_compact(node)
         else:
@@ -322,10 +320,9 @@ class _Builder:
         start = len(self.graph.nodes)
         if isinstance(gate, PooledGate):
             heads = [
-                (self._packed(head.weight.float()), self._packed(head.bias.float()),
-                 gated[name].channels, gated[name].granularity)
-                for head, name in zip(cast(list[nn.Linear], list(gate.project)), names, strict=True)
-            ]  # fmt: skip
+                (self._packed(weight), self._packed(bias), gated[name].channels, gated[name].granularity)
+                for (weight, bias), name in zip(projections(gate), names, strict=True)
+            ]
             w1, b1 = self._packed(gate.reduce.weight.float()), self._packed(gate.reduce.bias.float())
             found = self.graph.call_function(sparse.pooled_gate, (*common, w1, b1, heads, names))
         else:
@@ -334,16 +331,21 @@ class _Builder:
             assert norm is not None  # BatchNorm2d tracks its statistics by default
             first = gate.conv1.masked_weight().float() * norm.scale.float()[:, None, None, None]
             tails = [
-                (*map(self._packed, window_matrix(gate.conv2.masked_weight(), head.weight, head.bias)),
-                 gated[name].channels, gated[name].granularity)
-                for head, name in zip(cast(list[nn.Conv2d], list(gate.project)), names, strict=True)
-            ]  # fmt: skip
+                (
+                    self._packed(window_matrix(gate.conv2.masked_weight(), weight)),
+                    self._packed(bias),
+                    gated[name].channels,
+                    gated[name].granularity,
+                )
+                for (weight, bias), name in zip(projections(gate), names, strict=True)
+            ]
             reduce = _storage(gate.reduce.weight.float(), self._active.get(source) is not None, False)
-            arguments = (
-                *common, self._packed(reduce), self._packed(_storage(first, False, False)),
-                self._packed(norm.shift.float()), tails, names,
-            )  # fmt: skip
-            found = self.graph.call_function(sparse.conv_gate, arguments)
+            weights = (
+                self._packed(reduce),
+                self._packed(_storage(first, False, False)),
+                self._packed(norm.shift.float()),
+            )
+            found = self.graph.call_function(sparse.conv_gate, cast(Any, (*common, *weights, tails, names)))
         for head, name in enumerate(names):
             self._decisions[name] = self.graph.call_function(operator.getitem, (found, head))
         for added in list(self.graph.nodes)[start:]:
@@ -358,7 +360,7 @@ class _Builder:
         return isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith("gates.")
 
     def _value(self, value: Any) -> Any:
-        return self._values[value] if isinstance(value, fx.Node) else value
+        return self._values[self._skip_identity(value)] if isinstance(value, fx.Node) else value
 
     def _packed(self, tensor: Tensor) -> fx.Node:
         # A copy even where folding changed nothing: it must not follow the parameter half-way.

@@ -103,8 +103,7 @@ def _group_mask(name: str, mask: Tensor, span: Span) -> Tensor:
         raise ValueError(f"override_masks: the mask of {name!r} must be a bool tensor, got {got}")
     if mask.ndim != 2 or mask.shape[1] != span.channels:
         raise ValueError(
-            f"override_masks: the mask of {name!r} must be [N, {span.channels}] (its channels), "
-            f"got {list(mask.shape)}"
+            f"override_masks: the mask of {name!r} must be [N, {span.channels}] (its channels), got {list(mask.shape)}"
         )
     grouped = mask.view(mask.shape[0], span.groups, span.granularity)
     if not torch.equal(grouped, grouped[:, :, :1].expand_as(grouped)):

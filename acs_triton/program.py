@@ -40,7 +40,7 @@ def build_program(root: nn.Module, traced: Trace, config: ACSConfig) -> Program:
     if not plan.report.gated:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.report.skipped.items())
         raise ValueError(
-            f"convert_model: no convolution of {type(root).__name__} can be gated; "
+            "convert_model: no convolution of the network can be gated; "
             f"the reasons, by convolution:\n{reasons or '  it has no Conv2d'}"
         )
     input_channels = _input_channels(root, graph)
@@ -75,7 +75,7 @@ def build_gates(root: nn.Module, gated: dict[str, Span], config: ACSConfig) -> n
         heads.setdefault(span.gate, []).append(Head(span.channels, span.granularity))
         first.setdefault(span.gate, name)
     gates = nn.ModuleDict()
-    for name, span in gated.items():
+    for span in gated.values():
         if span.head == 0:
             conv = root.get_submodule(first[span.gate])
             assert isinstance(conv, nn.Conv2d)  # producers are

@@ -211,10 +211,7 @@ class _Finder:
                 return f"inside {submodule}, which {reason}"
         if name not in self.calls:
             return "not called on its own by the traced forward"
-        reason = self._refused(name)
-        if reason:
-            return reason
-        return self._walk(self.calls[name][0])
+        return self._refused(name) or self._walk(self.calls[name][0])
 
     def _refused(self, name: str) -> str | None:
         """Why this convolution cannot be a producer, before looking at what follows it."""
@@ -248,8 +245,10 @@ class _Finder:
                 continue
             if not readers:
                 return "its result is not used"
-            odd = next((r for r in readers if not self._is_consumer(r, node) and not self._is_channelwise(r, node)), None)
-            return self._reader_reason(odd) if odd is not None else "read by several branches before a convolution"
+            for reader in readers:
+                if not self._is_consumer(reader, node) and not self._is_channelwise(reader, node):
+                    return self._reader_reason(reader)
+            return "read by several branches before a convolution"
 
     def _is_consumer(self, reader: fx.Node, value: fx.Node) -> bool:
         module = self.module(reader)

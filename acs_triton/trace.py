@@ -66,18 +66,9 @@ def trace(root: nn.Module) -> Trace:
     opaque: dict[str, str] = {}
     with _kept_training_flags(root):
         while True:
-            graphs = []
-            for training in (True, False):
-                root.train(training)
-                outcome = _trace_once(root, opaque)
-                if isinstance(outcome, _Failure):
-                    break
-                graphs.append(outcome)
-            else:
-                outcome = _first_difference(*graphs)
-            if outcome is None or not isinstance(outcome, _Failure):
-                graph = graphs[1]
-                return Trace(graph, _modules_for_dropouts(graph), opaque)
+            outcome = _trace_both(root, opaque)
+            if isinstance(outcome, fx.Graph):
+                return Trace(outcome, _modules_for_dropouts(outcome), opaque)
             if not outcome.submodule:
                 raise ValueError(f"convert_model: {type(root).__name__} {outcome.reason}")
             opaque[outcome.submodule] = outcome.reason
@@ -129,6 +120,17 @@ class _LeafTracer(fx.Tracer):
             owner = self._path[-2]
         node.meta["owner"] = owner
         return node
+
+
+def _trace_both(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
+    graphs = []
+    for training in (True, False):
+        root.train(training)
+        graph = _trace_once(root, opaque)
+        if isinstance(graph, _Failure):
+            return graph
+        graphs.append(graph)
+    return _first_difference(*graphs) or graphs[1]
 
 
 def _trace_once(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:

@@ -1,0 +1,112 @@
+"""Training for the demo: plain SGD for the dense network, and with the cost loss for the gated one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import ACSModel
+from .data import Images
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the demo trains.
+
+    cost_weight: factor of `cost_loss`; anneal: share of the steps in which its target falls from 1
+    to the configured density, so that the gates close gradually.
+    """
+
+    batch: int = 64
+    learning_rate: float = 0.05
+    gate_learning_rate: float = 0.05
+    weight_decay: float = 5e-4
+    cost_weight: float = 2.0
+    anneal: float = 0.3
+    warm_up: float = 0.1
+
+
+def train(
+    model: nn.Module, images: Images, epochs: int, recipe: Recipe, seed: int, progress: Progress | None = None
+) -> None:
+    """SGD with a one-cycle cosine schedule; adds the cost loss if `model` is an ACSModel."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * (len(images.train) // recipe.batch)
+    optimizer = _optimizer(model, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps, recipe.warm_up))
+    model.train()
+    for step, (batch, labels) in enumerate(_batches(images, epochs, recipe.batch, generator)):
+        with compute_dtype():
+            loss = F.cross_entropy(model(batch).float(), labels)
+        if isinstance(model, ACSModel):
+            loss = loss + recipe.cost_weight * model.cost_loss(_target(model, step / steps, recipe.anneal))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, steps, f"loss {loss.item():.3f}")
+    model.eval()
+
+
+def compute_dtype() -> AbstractContextManager[object]:
+    """bf16 autocast where the processor multiplies bf16 itself, which halves the time; else fp32."""
+    # Older releases of torch cannot tell.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch: int = 100) -> Tensor:
+    """Logits [N, classes]."""
+    return torch.cat([model(part) for part in images.split(batch)])
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    gates = list(model.gates.parameters()) if isinstance(model, ACSModel) else []
+    known = {id(parameter) for parameter in gates}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    groups = [
+        {"params": others, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
+        # Decay would pull the gates to a probability of one half, the threshold.
+        {"params": gates, "lr": recipe.gate_learning_rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD([group for group in groups if group["params"]], momentum=0.9, nesterov=True)
+
+
+def _rate(done: float, warm_up: float) -> float:
+    if done < warm_up:
+        return (done + 1e-3) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+
+
+def _target(model: ACSModel, done: float, anneal: float) -> float:
+    final = model.config.target_density
+    return max(final, 1 - (1 - final) * done / anneal)
+
+
+def _batches(images: Images, epochs: int, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    for _ in range(epochs):
+        order = torch.randperm(len(images.train), generator=generator)
+        for chosen in order.split(batch):
+            if len(chosen) == batch:
+                moved = _shifted(images.train[chosen], generator)
+                yield moved.contiguous(memory_format=torch.channels_last), images.train_labels[chosen]
+
+
+def _shifted(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to two pixels, the edge filled with background."""
+    background = float(batch.min())
+    padded = F.pad(batch, (2, 2, 2, 2), value=background)
+    offsets = torch.randint(0, 5, (len(batch), 2), generator=generator).tolist()
+    return torch.stack([image[:, y : y + 28, x : x + 28] for image, (y, x) in zip(padded, offsets, strict=True)])
