@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .reference.compact_channels import ActiveChannels, padded_channels
+from .reference.gate_head import Head
 from .reference.gated_conv2d import ACTIVATIONS, output_size, pair, sides
 
 Ints = int | Sequence[int]
@@ -27,7 +28,8 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Refuse gradients, cast as autocast casts a convolution, and require one floating dtype."""
     refuse_grad(function, (x, weight, bias, residual))
-    if torch.is_autocast_enabled(x.device.type):
+    # There is no autocast for meta tensors, and PyTorch raises when asked.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
@@ -51,7 +53,7 @@ def check_vector(function: str, argument: str, value: Tensor, length: int) -> No
         raise ValueError(f"{function}: {argument} must have shape ({length},), got {tuple(value.shape)}")
 
 
-def check_active(function: str, argument: str, active: ActiveChannels, x: Tensor, channels: int) -> None:
+def check_active(function: str, argument: str, active: ActiveChannels | None, x: Tensor, channels: int) -> None:
     if not isinstance(active, ActiveChannels):
         raise TypeError(
             f"{function}: {argument} must be ActiveChannels, got {type(active).__name__}; "
@@ -72,18 +74,21 @@ def check_active(function: str, argument: str, active: ActiveChannels, x: Tensor
         raise ValueError(f"{function}: granularity of {argument} must divide {channels}, got {granularity}")
 
 
-def check_input(function: str, x: Tensor, active: ActiveChannels | None, channels: int, activation: str) -> None:
+def check_input(
+    function: str, x: Tensor, argument: str, active: ActiveChannels | None, channels: int, activation: str
+) -> None:
     """x: dense [N, channels, H, W] or compact [N, C_pad, H, W]; the name of the activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{function}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not x.is_floating_point():
         raise TypeError(f"{function}: x must be floating point, got {x.dtype}")
+    # `active`, unlike `in_active`, is not optional.
+    if active is not None or argument == "active":
+        check_active(function, argument, active, x, channels)
     width = channels if active is None else padded_channels(channels)
     if x.dim() != 4 or x.shape[1] != width:
         form = "dense" if active is None else "compact"
         raise ValueError(f"{function}: x must be {form} [N, {width}, H, W], got shape {tuple(x.shape)}")
-    if active is not None:
-        check_active(function, "active", active, x, channels)
 
 
 def check_conv(
@@ -91,6 +96,7 @@ def check_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    argument: str,
     active: ActiveChannels | None,
     channels: int,
     stride: Ints,
@@ -100,18 +106,14 @@ def check_conv(
 ) -> None:
     if weight.dim() != 4:
         raise ValueError(f"{function}: weight must be [C_out, C_in, kh, kw], got shape {tuple(weight.shape)}")
-    check_input(function, x, active, channels, activation)
+    check_input(function, x, argument, active, channels, activation)
     if weight.device != x.device:
         raise ValueError(f"{function}: weight is on {weight.device}, x is on {x.device}; move them together")
     if bias is not None:
         check_vector(function, "bias", bias, weight.shape[0])
-    for argument, value, lengths in (
-        ("stride", stride, (2,)),
-        ("padding", padding, (2, 4)),
-        ("dilation", dilation, (2,)),
-    ):
+    for name, value, lengths in (("stride", stride, (2,)), ("padding", padding, (2, 4)), ("dilation", dilation, (2,))):
         if not isinstance(value, int) and len(value) not in lengths:
-            raise ValueError(f"{function}: {argument} must be an int or have {lengths} values, got {value!r}")
+            raise ValueError(f"{function}: {name} must be an int or have {lengths} values, got {value!r}")
     if min(pair(stride)) < 1 or min(pair(dilation)) < 1 or min(sides(padding)) < 0:
         raise ValueError(
             f"{function}: stride and dilation must be positive and padding not negative, "
@@ -119,3 +121,36 @@ def check_conv(
         )
     if min(output_size(x, weight, stride, padding, dilation)) < 1:
         raise ValueError(f"{function}: the kernel {tuple(weight.shape[2:])} does not fit x {tuple(x.shape)}; pad more")
+
+
+def check_mask(mask: Tensor, granularity: int) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"compact_channels: mask must be bool, got {mask.dtype}; compare the probabilities first")
+    if mask.dim() != 2:
+        raise ValueError(f"compact_channels: mask must be [N, C], got shape {tuple(mask.shape)}")
+    if granularity < 1 or mask.shape[1] % granularity:
+        raise ValueError(
+            f"compact_channels: granularity must be positive and divide C = {mask.shape[1]}, got {granularity}"
+        )
+
+
+def check_gate(pooled: Tensor, w1: Tensor, b1: Tensor, heads: Sequence[Head], in_active: ActiveChannels | None) -> None:
+    if pooled.dim() != 2 or w1.dim() != 2:
+        raise ValueError(
+            "gate_head: expected pooled [N, C_in] and w1 [hidden, C_in], "
+            f"got {tuple(pooled.shape)} and {tuple(w1.shape)}"
+        )
+    hidden, c_in = w1.shape
+    if in_active is not None:
+        check_active("gate_head", "in_active", in_active, pooled, c_in)
+    width = c_in if in_active is None else padded_channels(c_in)
+    if pooled.shape[1] != width:
+        raise ValueError(f"gate_head: pooled must be [N, {width}] for w1 {hidden, c_in}, got {tuple(pooled.shape)}")
+    check_vector("gate_head", "b1", b1, hidden)
+    for w2, b2, channels, granularity in heads:
+        if granularity < 1 or channels % granularity or w2.shape != (channels // granularity, hidden):
+            raise ValueError(
+                "gate_head: w2 must be [channels / granularity, hidden] = "
+                f"[{channels} / {granularity}, {hidden}], got {tuple(w2.shape)}"
+            )
+        check_vector("gate_head", "b2", b2, w2.shape[0])

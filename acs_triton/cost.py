@@ -1,7 +1,7 @@
 """Multiply-accumulates: what a network costs dense, what its masks imply, what was executed, and the cost loss.
 
-A MAC is one multiply and one add. Counts come from torch's own flop formulas (two flops a MAC) on
-fake tensors, so every operator that torch can count is counted.
+A MAC is one multiply and one add. Counts come from torch's own flop formulas (two flops a MAC) one
+real forward of a blank image, so every operator that torch can count is counted.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import sparse
 from .program import Program
+from .reference import ActiveChannels
 from .spans import ConversionReport
+from .trace import kept_training_flags
 
 if TYPE_CHECKING:
     from .lower import Lowered
     from .model import ACSModel
-
-# Counted for a batch of two and halved: a batch norm in training refuses one value per channel.
-_COUNTED_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _spans_of_layers(program: Program) -> dict[str, list[str]]:
 def _count(model: ACSModel, program: Program, input_shape: tuple[int, ...]) -> _Counts:
     key = input_shape[1:]
     if key not in program.mac_counts:
-        by_node = _node_macs(model, program.graph, key, _NoMasks(), ())
+        by_node = _node_macs(model, program.graph, key)
         layers: dict[str, int] = {}
         gates = 0
         for node in program.graph.nodes:
@@ -159,16 +158,27 @@ def _count(model: ACSModel, program: Program, input_shape: tuple[int, ...]) -> _
 def _count_gates(model: ACSModel, lowered: Lowered, input_shape: tuple[int, ...]) -> int:
     key = input_shape[1:]
     if key not in lowered.gate_macs:
-        by_node = _node_macs(model, lowered.graph, key, model, (lowered.tensors,))
+        by_node = _node_macs(model, lowered.graph, key, (lowered.tensors,))
         lowered.gate_macs[key] = sum(macs for node, macs in by_node.items() if "gate" in node.meta)
     return lowered.gate_macs[key]
 
 
-class _NoMasks:
-    """Counts dense work: the masks change nothing."""
+class _AllOpen:
+    """Stands in for the model while counting: every group runs, nothing is recorded."""
+
+    threshold = 0.5
+    logit_threshold = 0.0
+
+    def __init__(self, report: ConversionReport) -> None:
+        self._report = report
 
     def mask_features(self, features: Tensor, logits: Tensor, span: str) -> Tensor:
         return features
+
+    def decide(self, span: str, active: ActiveChannels) -> ActiveChannels:
+        known = self._report.gated[span]
+        every = active.index.new_ones((active.index.shape[0], known.groups), dtype=torch.bool)
+        return sparse.compact(every, known.channels, known.granularity)
 
 
 class _Counter(fx.Interpreter):
@@ -180,16 +190,19 @@ class _Counter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         before = self._counter.get_total_flops()
         result = super().run_node(n)
-        self.macs[n] = (self._counter.get_total_flops() - before) // 2 // _COUNTED_BATCH
+        self.macs[n] = (self._counter.get_total_flops() - before) // 2
         return result
 
 
 def _node_macs(
-    model: ACSModel, graph: fx.Graph, sample_shape: tuple[int, ...], masker: object, extra: tuple[Any, ...]
+    model: ACSModel, graph: fx.Graph, sample_shape: tuple[int, ...], extra: tuple[Any, ...] = ()
 ) -> dict[fx.Node, int]:
     parameter = next(model.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
-        batch = torch.empty(_COUNTED_BATCH, *sample_shape, dtype=parameter.dtype, device=parameter.device)
+    blank = torch.zeros(1, *sample_shape, dtype=parameter.dtype, device=parameter.device)
+    # Eval, so that no running statistics move and a batch norm accepts one value per channel.
+    with kept_training_flags(model), FlopCounterMode(display=False) as counter, torch.no_grad():
+        for module in model.modules():
+            module.training = False
         interpreter = _Counter(model, graph, counter)
-        interpreter.run(masker, *extra, batch)
+        interpreter.run(_AllOpen(model.report), *extra, blank)
     return interpreter.macs

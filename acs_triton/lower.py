@@ -36,23 +36,47 @@ class Lowered:
     forward: called as `forward(root, model, tensors, *inputs)`.
     tensors: the packed weights that the graph reads by position.
     sources: what must be unchanged for the packed weights to be true.
+    gate_macs: cache of `cost`, by input shape without the batch.
     """
 
     graph: fx.Graph
     forward: Callable[..., Any]
     tensors: list[Tensor]
-    sources: list[_Source] = field(default_factory=list)
+    sources: _Sources
     gate_macs: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
 @dataclass
-class _Source:
-    """One entry of a module's table of children, parameters or buffers, as it was when lowered."""
+class _Sources:
+    """What the packed weights were made from: entries of the modules' tables, and the tensors' states."""
 
-    table: dict[str, Any]
-    name: str
-    value: Any
-    state: tuple[Any, ...]
+    entries: list[tuple[dict[str, Any], str, Any]]
+    tensors: list[tuple[Tensor, int, int | None, torch.dtype, torch.device]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Sources:
+        entries: list[tuple[dict[str, Any], str, Any]] = []
+        for module in model.modules():
+            for table in (module._modules, module._parameters, module._buffers):
+                entries += [(cast(dict[str, Any], table), name, value) for name, value in table.items()]
+        tensors = [value for _, _, value in entries if isinstance(value, Tensor)]
+        # Inference tensors have no version.
+        states = [(t, t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device) for t in tensors]
+        return cls(entries, states)
+
+    def changed(self) -> bool:
+        for table, name, value in self.entries:
+            if table.get(name) is not value:
+                return True
+        for tensor, pointer, version, dtype, device in self.tensors:
+            if (
+                tensor.data_ptr() != pointer
+                or (version is not None and tensor._version != version)
+                or tensor.dtype is not dtype
+                or tensor.device != device
+            ):
+                return True
+        return False
 
 
 def lower(model: ACSModel, program: Program, earlier: Lowered | None) -> Lowered:
@@ -65,7 +89,7 @@ def lower(model: ACSModel, program: Program, earlier: Lowered | None) -> Lowered
     with torch.no_grad():
         builder = _Builder(model, program)
         builder.build()
-    sources = _sources(model)
+    sources = _Sources.of(model)
     code = str(builder.graph.python_code("self").src)
     if earlier is not None and code == str(earlier.graph.python_code("self").src):
         if len(earlier.tensors) == len(builder.tensors) and all(map(_alike, earlier.tensors, builder.tensors)):
@@ -77,33 +101,9 @@ def lower(model: ACSModel, program: Program, earlier: Lowered | None) -> Lowered
     return Lowered(builder.graph, compile_graph(builder.graph), builder.tensors, sources)
 
 
-def has_changed(model: ACSModel, lowered: Lowered) -> bool:
-    """True if a module, parameter or buffer was replaced or written since `lowered` was made."""
-    return any(
-        source.table.get(source.name) is not source.value or _state(source.value) != source.state
-        for source in lowered.sources
-    )
-
-
 def _alike(old: Tensor, new: Tensor) -> bool:
     same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
     return same and old.stride() == new.stride()
-
-
-def _sources(model: nn.Module) -> list[_Source]:
-    sources = []
-    for module in model.modules():
-        for table in (module._modules, module._parameters, module._buffers):
-            entries = cast(dict[str, Any], table)
-            sources += [_Source(entries, name, value, _state(value)) for name, value in entries.items()]
-    return sources
-
-
-def _state(value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, Tensor):
-        return ()
-    version = -1 if value.is_inference() else value._version
-    return (value.data_ptr(), version, value.dtype, value.device)
 
 
 @dataclass

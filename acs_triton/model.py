@@ -182,7 +182,14 @@ class ACSModel(nn.Module):
                 f"ACSModel.forward: the input must be 4-D [N, C, H, W], got {list(batch.shape)}; "
                 "add a batch dimension with x[None] if it is one image"
             )
-        expected = self._program().input_channels
+        program = self._program()
+        refused = [name for name in kwargs if name in program.fixed]
+        if refused:
+            raise ValueError(
+                f"ACSModel.forward: {refused[0]} was fixed at its default {program.fixed[refused[0]]!r} "
+                "when the network was converted; leave it out"
+            )
+        expected = program.input_channels
         if expected is not None and batch.shape[1] != expected:
             raise ValueError(
                 f"ACSModel.forward: the input must have {expected} channels, got {batch.shape[1]} "
@@ -298,7 +305,7 @@ class ACSModel(nn.Module):
 
     def _ensure_lowered(self) -> None:
         caches = self._caches
-        if caches.lowered is None or caches.stale or lower.has_changed(self, caches.lowered):
+        if caches.lowered is None or caches.stale or caches.lowered.sources.changed():
             caches.lowered = lower.lower(self, self._program(), caches.lowered)
             caches.stale = False
 

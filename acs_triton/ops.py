@@ -19,7 +19,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _flops, cpu
-from ._checks import check_active, check_conv, check_input, check_vector, prepare, refuse_grad
+from ._checks import check_active, check_conv, check_gate, check_input, check_mask, check_vector, prepare, refuse_grad
 from .reference.compact_channels import ActiveChannels, padded_channels
 from .reference.gate_head import Head
 from .reference.gated_conv2d import output_size, pair, sides
@@ -56,11 +56,11 @@ def run_direct(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and tensor.is_cpu
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
         and peek_interpreter_stack() is None
         and _get_tracing_state() is None
+        and tensor.is_cpu
     )
 
 
@@ -70,14 +70,7 @@ def compact_channels(mask: Tensor, granularity: int = 1) -> ActiveChannels:
     mask: bool [N, C]; the first channel of each group of `granularity` decides for the group.
     Returns index int32 [N, C_pad] and count int32 [N]. Raises TypeError if mask is not bool, ValueError for its shape.
     """
-    if mask.dtype != torch.bool:
-        raise TypeError(f"compact_channels: mask must be bool, got {mask.dtype}; compare the probabilities first")
-    if mask.dim() != 2:
-        raise ValueError(f"compact_channels: mask must be [N, C], got shape {tuple(mask.shape)}")
-    if granularity < 1 or mask.shape[1] % granularity:
-        raise ValueError(
-            f"compact_channels: granularity must be positive and divide C = {mask.shape[1]}, got {granularity}"
-        )
+    check_mask(mask, granularity)
     if run_direct(mask):
         return implementation(mask.device).compact_channels(mask, granularity)
     index, count = torch.ops.acs_triton.compact_channels(mask, granularity)
@@ -105,7 +98,9 @@ def gated_conv2d(
     Raises ValueError or TypeError for a wrong argument, RuntimeError if an input requires grad.
     """
     x, weight, bias, residual = prepare("gated_conv2d", x, weight, bias, residual)
-    check_conv("gated_conv2d", x, weight, bias, in_active, weight.shape[1], stride, padding, dilation, activation)
+    check_conv(
+        "gated_conv2d", x, weight, bias, "in_active", in_active, weight.shape[1], stride, padding, dilation, activation
+    )
     if out_active is not None:
         check_active("gated_conv2d", "out_active", out_active, x, weight.shape[0])
     if residual is not None:
@@ -146,7 +141,7 @@ def gated_depthwise_conv2d(
     """
     name = "gated_depthwise_conv2d"
     x, weight, bias, _ = prepare(name, x, weight, bias)
-    check_conv(name, x, weight, bias, active, weight.shape[0], stride, padding, dilation, activation)
+    check_conv(name, x, weight, bias, "active", active, weight.shape[0], stride, padding, dilation, activation)
     if weight.shape[1] != 1:
         raise ValueError(f"{name}: weight must be [C, 1, kh, kw], got shape {tuple(weight.shape)}")
     if run_direct(x):
@@ -168,7 +163,7 @@ def gated_affine(
     Raises ValueError or TypeError for a wrong argument, RuntimeError if an input requires grad.
     """
     refuse_grad("gated_affine", (x, scale, shift))
-    check_input("gated_affine", x, active, scale.shape[0], activation)
+    check_input("gated_affine", x, "active", active, scale.shape[0], activation)
     for argument, value in (("scale", scale), ("shift", shift)):
         if value.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"gated_affine: {argument} must be {x.dtype} or torch.float32, got {value.dtype}")
@@ -195,24 +190,7 @@ def gate_head(
     Raises ValueError or TypeError for a wrong argument, RuntimeError if an input requires grad.
     """
     refuse_grad("gate_head", (pooled, w1, b1, *[tensor for head in heads for tensor in head[:2]]))
-    if pooled.dim() != 2 or w1.dim() != 2:
-        raise ValueError(f"gate_head: expected pooled [N, C_in] and w1 [hidden, C_in], got {pooled.shape}, {w1.shape}")
-    if in_active is not None:
-        check_active("gate_head", "in_active", in_active, pooled, w1.shape[1])
-    columns = w1.shape[1] if in_active is None else padded_channels(w1.shape[1])
-    if pooled.shape[1] != columns:
-        raise ValueError(
-            f"gate_head: pooled must be [N, {columns}] for w1 {tuple(w1.shape)}, got {tuple(pooled.shape)}"
-        )
-    check_vector("gate_head", "b1", b1, w1.shape[0])
-    for w2, b2, channels, granularity in heads:
-        groups = channels // granularity
-        if groups * granularity != channels or w2.shape != (groups, w1.shape[0]):
-            raise ValueError(
-                f"gate_head: w2 must be [channels / granularity, hidden] = "
-                f"[{channels} / {granularity}, {w1.shape[0]}], got {tuple(w2.shape)}"
-            )
-        check_vector("gate_head", "b2", b2, groups)
+    check_gate(pooled, w1, b1, heads, in_active)
     if run_direct(pooled):
         return implementation(pooled.device).gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=threshold)
     w2s, b2s, channel_counts, granularities = ([head[i] for head in heads] for i in range(4))

@@ -23,6 +23,7 @@ class Program:
         `masker.mask_features(features, logits, span)` applies the decision of a gate.
     plan: the spans, with nodes of `graph`.
     input_channels: channels that the convolutions reading the first input expect, if any do.
+    fixed: optional arguments of the original forward, which are what they were by default.
     mac_counts: cache of `cost`, by input shape without the batch.
     """
 
@@ -30,6 +31,7 @@ class Program:
     plan: Plan
     forward: Callable[..., Any]
     input_channels: int | None
+    fixed: dict[str, Any]
     mac_counts: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
 
@@ -64,7 +66,7 @@ def build_program(root: nn.Module, traced: Trace, config: ACSConfig) -> Program:
         for consumer in consumers:
             consumer.replace_input_with(last, masked)
     graph.lint()
-    return Program(graph, plan, compile_graph(graph), input_channels)
+    return Program(graph, plan, compile_graph(graph), input_channels, traced.fixed)
 
 
 def build_gates(root: nn.Module, gated: dict[str, Span], config: ACSConfig) -> nn.ModuleDict:

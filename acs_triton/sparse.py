@@ -6,6 +6,7 @@ has the width of the operators' contract.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,15 +131,24 @@ def window_means(x: Tensor) -> Tensor:
     The mean over all positions of a 3x3 convolution with padding 1 is linear in these.
     """
     samples, channels, height, width = x.shape
-    rows, columns = _windows(height, x), _windows(width, x)
-    taps = (rows[:, None, :, None] * columns[None, :, None, :]).view(9, height * width)
+    taps = (_taps if torch.compiler.is_compiling() else _kept_taps)(height, width, x.dtype, x.device)
     pixels = x.permute(0, 2, 3, 1).reshape(samples, height * width, channels)
-    return torch.matmul(taps / (height * width), pixels).view(samples, 9 * channels)
+    return torch.bmm(taps.expand(samples, -1, -1), pixels).view(samples, 9 * channels)
 
 
-def _windows(length: int, like: Tensor) -> Tensor:
+def _taps(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 9, height * width]: row (i, j) averages what tap (i, j) of a 3x3 kernel reads, over all positions."""
+    rows, columns = _windows(height, dtype, device), _windows(width, dtype, device)
+    taps = rows[:, None, :, None] * columns[None, :, None, :]
+    return taps.reshape(1, 9, height * width) / (height * width)
+
+
+_kept_taps = lru_cache(maxsize=64)(_taps)
+
+
+def _windows(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[3, length]: 1 where a tap at offset -1, 0, +1 reads while its output runs over all positions."""
-    windows = like.new_ones(3, length)
+    windows = torch.ones(3, length, dtype=dtype, device=device)
     windows[0, -1:] = 0
     windows[2, :1] = 0
     return windows

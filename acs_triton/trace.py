@@ -10,7 +10,7 @@ import inspect
 import itertools
 import linecache
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,11 +44,13 @@ class Trace:
     """A traced module.
 
     graph: the traced operations; targets are qualified names on the traced root.
+    fixed: optional arguments of the forward, which the graph has at their defaults.
     dropouts: modules for the functional dropouts of the graph, to live under `DROPOUTS`.
     opaque: submodules that were left whole, with the reason and the line.
     """
 
     graph: fx.Graph
+    fixed: dict[str, Any]
     dropouts: list[nn.Module]
     opaque: dict[str, str] = field(default_factory=dict)
 
@@ -64,11 +66,11 @@ def trace(root: nn.Module) -> Trace:
     cannot be traced or behaves differently in the two modes, naming the line.
     """
     opaque: dict[str, str] = {}
-    with _kept_training_flags(root):
+    with kept_training_flags(root):
         while True:
             outcome = _trace_both(root, opaque)
             if isinstance(outcome, fx.Graph):
-                return Trace(outcome, _modules_for_dropouts(outcome), opaque)
+                return Trace(outcome, _defaults(root), _modules_for_dropouts(outcome), opaque)
             if not outcome.submodule:
                 raise ValueError(f"convert_model: {type(root).__name__} {outcome.reason}")
             opaque[outcome.submodule] = outcome.reason
@@ -81,8 +83,6 @@ class _Failure:
 
 
 class _LeafTracer(fx.Tracer):
-    record_stack_traces = True
-
     def __init__(self, opaque: dict[str, str]) -> None:
         super().__init__()
         self._opaque = opaque
@@ -119,6 +119,7 @@ class _LeafTracer(fx.Tracer):
         if node.op == "call_module" and node.target == owner and len(self._path) > 1:
             owner = self._path[-2]
         node.meta["owner"] = owner
+        node.meta["line"] = _users_line(traceback.extract_stack())
         return node
 
 
@@ -135,23 +136,27 @@ def _trace_both(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
 
 def _trace_once(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
     tracer = _LeafTracer(opaque)
-    # An optional argument keeps its default: as a proxy it would take the wrong side of `is None`.
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(root.forward).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
     try:
-        graph = tracer.trace(root, concrete_args=defaults or None)
+        # An optional argument keeps its default: as a proxy it would take the wrong side of `is None`.
+        graph = tracer.trace(root, concrete_args=_defaults(root) or None)
     except Exception as error:  # noqa: BLE001 - tracing runs arbitrary user code
-        where = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in where if "/torch/" not in frame.filename and frame.filename != __file__]
-        line = f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown line"
+        line = _users_line(traceback.extract_tb(error.__traceback__))
         return _Failure(tracer.failed_in or "", f"cannot be traced ({line}: {type(error).__name__}: {error})")
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _DROPOUT_MODULES:
             _forget_training_flag(node)
     return graph
+
+
+def _defaults(root: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(root.forward).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def _users_line(frames: Iterable[traceback.FrameSummary]) -> str:
+    """Where the traced code, not torch or this file, was."""
+    own = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown line"
 
 
 def _forget_training_flag(node: fx.Node) -> None:
@@ -188,17 +193,16 @@ def _signature(node: fx.Node) -> tuple[str, ...]:
 
 
 def _difference(node: fx.Node) -> _Failure:
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
-    what = f"`{node.target}`" + (f" near: {' '.join(lines[-2:])}" if lines else "")
     reason = (
-        f"does something else in train than in eval, at {what}; a network with auxiliary branches "
+        f"does something else in train than in eval, at `{node.target}` ({node.meta['line']}); a network with auxiliary branches "
         "converts when built without them (for GoogLeNet and Inception: aux_logits=False)"
     )
     return _Failure(node.meta.get("owner", ""), reason)
 
 
 @contextmanager
-def _kept_training_flags(root: nn.Module) -> Iterator[None]:
+def kept_training_flags(root: nn.Module) -> Iterator[None]:
+    """Whatever happens to the `training` flags inside the block is undone after it."""
     flags = [(module, module.training) for module in root.modules()]
     try:
         yield

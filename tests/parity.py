@@ -27,7 +27,7 @@ def assert_parity(actual: Tensor, torch_same_dtype: Tensor, exact_fp64: Tensor) 
 
 
 def make_mask(kind: str, samples: int, channels: int, granularity: int = 1, seed: int = 0) -> Tensor:
-    """bool [samples, channels], constant within groups. "ragged" gives each sample another count, the first one none."""
+    """bool [samples, channels], constant within groups. "ragged": another count for each sample, 0 first."""
     groups = channels // granularity
     mask = torch.zeros(samples, groups, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
