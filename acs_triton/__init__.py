@@ -8,9 +8,9 @@ _check_symlinks(_Path(__file__).parent)
 
 from .checkpoint import load_model, save_model  # noqa: E402
 from .config import ACSConfig  # noqa: E402
-from .convert import convert_model  # noqa: E402
+from .convert import convert_model, unconvert  # noqa: E402
 from .layers import DynamicGroupConv2d  # noqa: E402
-from .model import ACSModel, unconvert  # noqa: E402
+from .model import ACSModel  # noqa: E402
 
 __all__ = [
     "ACSConfig",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adopt import original_of
 from .config import ACSConfig
 from .model import ACSModel
 
@@ -68,3 +69,13 @@ def _check_against(model: nn.Module, converted: ACSModel, example_input: Tensor)
             f"convert_model: {type(model).__name__}, converted with every gate open, does not compute what the "
             f"original computes on example_input; its forward does something a trace does not see.\n{error}"
         ) from error
+
+
+def unconvert(model: ACSModel) -> nn.Module:
+    """The original class with plain convolutions and the weights of `model`, under the same names.
+
+    The result shares nothing with `model`. Raises TypeError for anything but an ACSModel.
+    """
+    if not isinstance(model, ACSModel):
+        raise TypeError(f"unconvert: expected an ACSModel, got {type(model).__name__}")
+    return original_of(model)

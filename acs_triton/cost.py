@@ -14,9 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import sparse
-from .program import Program
+from .program import Programs
 from .reference import ActiveChannels
-from .spans import ConversionReport
 from .trace import kept_training_flags
 
 if TYPE_CHECKING:
@@ -74,15 +73,15 @@ class _Counts:
 
 def mac_report(
     model: ACSModel,
-    program: Program,
+    programs: Programs,
     input_shape: tuple[int, ...],
     masks: dict[str, Tensor],
     lowered: Lowered | None,
 ) -> MacReport:
     """The report for masks bool [N, C] by span; `lowered` is the sparse graph if that is what ran."""
-    counts = _count(model, program, input_shape)
+    counts = _count(model, programs, input_shape)
     densities = {name: mask.double().mean(1) for name, mask in masks.items()}
-    spans_of = _spans_of_layers(program)
+    spans_of = _spans_of_layers(programs)
     ones = torch.ones(input_shape[0], dtype=torch.float64)
     total = torch.zeros_like(ones)
     layers = {}
@@ -106,12 +105,12 @@ def mac_report(
 
 
 def cost_loss(
-    model: ACSModel, program: Program, input_shape: tuple[int, ...], masks: dict[str, Tensor], target_density: float
+    model: ACSModel, programs: Programs, input_shape: tuple[int, ...], masks: dict[str, Tensor], target_density: float
 ) -> Tensor:
     """((MACs implied by masks - budget) / budget)^2 for straight-through masks [N, groups] by span."""
-    counts = _count(model, program, input_shape)
+    counts = _count(model, programs, input_shape)
     densities = {name: mask.mean(1) for name, mask in masks.items()}
-    spans_of = _spans_of_layers(program)
+    spans_of = _spans_of_layers(programs)
     budget = float(counts.gates)
     implied = torch.zeros((), device=next(iter(masks.values())).device) + counts.gates
     for name, dense in counts.layers.items():
@@ -123,44 +122,44 @@ def cost_loss(
     return ((implied - budget) / budget) ** 2
 
 
-def _spans_of_layers(program: Program) -> dict[str, list[str]]:
+def _spans_of_layers(programs: Programs) -> dict[str, list[str]]:
     """By layer, the spans whose masks scale its MACs: its own output's and its input's."""
-    report: ConversionReport = program.plan.report
     spans: dict[str, list[str]] = {}
-    for name, span in report.gated.items():
-        spans.setdefault(name, []).append(name)
-        for consumer in span.consumers:
-            spans.setdefault(consumer, []).append(name)
-        for node in program.plan.body[name]:
-            if node.op == "call_module":
-                spans.setdefault(str(node.target), []).append(name)
+    for program in programs.by_part.values():
+        for name, span in program.plan.report.gated.items():
+            body = [str(node.target) for node in program.plan.body[name] if node.op == "call_module"]
+            for layer in (name, *span.consumers, *body):
+                spans.setdefault(layer, []).append(name)
     return spans
 
 
-def _count(model: ACSModel, program: Program, input_shape: tuple[int, ...]) -> _Counts:
+def _count(model: ACSModel, programs: Programs, input_shape: tuple[int, ...]) -> _Counts:
     key = input_shape[1:]
-    if key not in program.mac_counts:
-        by_node = _node_macs(model, program.graph, key)
+    if key not in programs.mac_counts:
+        graphs: _Graphs = {part: (program.graph, ()) for part, program in programs.by_part.items()}
         layers: dict[str, int] = {}
         gates = 0
-        for node in program.graph.nodes:
-            macs = by_node[node]
+        for node, macs in _node_macs(model, graphs, key).items():
             if node.op == "call_module" and str(node.target).startswith("gates."):
                 gates += macs
             elif macs:
                 name = str(node.target) if node.op == "call_module" else node.name
                 layers[name] = layers.get(name, 0) + macs
-        program.mac_counts[key] = _Counts(layers, gates)
-    counts: _Counts = program.mac_counts[key]
+        programs.mac_counts[key] = _Counts(layers, gates)
+    counts: _Counts = programs.mac_counts[key]
     return counts
 
 
 def _count_gates(model: ACSModel, lowered: Lowered, input_shape: tuple[int, ...]) -> int:
     key = input_shape[1:]
     if key not in lowered.gate_macs:
-        by_node = _node_macs(model, lowered.graph, key, (lowered.tensors,))
+        graphs: _Graphs = {part: (known.graph, (known.tensors,)) for part, known in lowered.by_part.items()}
+        by_node = _node_macs(model, graphs, key)
         lowered.gate_macs[key] = sum(macs for node, macs in by_node.items() if "gate" in node.meta)
     return lowered.gate_macs[key]
+
+
+_Graphs = dict[str, tuple[fx.Graph, tuple[Any, ...]]]
 
 
 class _AllOpen:
@@ -169,40 +168,50 @@ class _AllOpen:
     threshold = 0.5
     logit_threshold = 0.0
 
-    def __init__(self, report: ConversionReport) -> None:
-        self._report = report
+    def __init__(self, model: ACSModel) -> None:
+        self._model = model
 
     def mask_features(self, features: Tensor, logits: Tensor, span: str) -> Tensor:
         return features
 
     def decide(self, span: str, active: ActiveChannels) -> ActiveChannels:
-        known = self._report.gated[span]
+        known = self._model.report.gated[span]
         every = active.index.new_ones((active.index.shape[0], known.groups), dtype=torch.bool)
         return sparse.compact(every, known.channels, known.granularity)
 
+    def run_original(self, inputs: tuple[Any, ...]) -> Any:
+        return self._model.run_original(inputs)
+
 
 class _Counter(fx.Interpreter):
-    def __init__(self, root: nn.Module, graph: fx.Graph, counter: FlopCounterMode) -> None:
+    """Runs a graph and notes the MACs of each node; a node that runs a traced part keeps only the rest."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, counter: FlopCounterMode, macs: dict[fx.Node, int]) -> None:
         super().__init__(root, graph=graph)
         self._counter = counter
-        self.macs: dict[fx.Node, int] = {}
+        self._macs = macs
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self._counter.get_total_flops()
+        flops, claimed = self._counter.get_total_flops(), sum(self._macs.values())
         result = super().run_node(n)
-        self.macs[n] = (self._counter.get_total_flops() - before) // 2
+        macs = (self._counter.get_total_flops() - flops) // 2
+        self._macs[n] = macs - (sum(self._macs.values()) - claimed)
         return result
 
 
-def _node_macs(
-    model: ACSModel, graph: fx.Graph, sample_shape: tuple[int, ...], extra: tuple[Any, ...] = ()
-) -> dict[fx.Node, int]:
+def _node_macs(model: ACSModel, graphs: _Graphs, sample_shape: tuple[int, ...]) -> dict[fx.Node, int]:
     parameter = next(model.parameters())
     blank = torch.zeros(1, *sample_shape, dtype=parameter.dtype, device=parameter.device)
+    macs: dict[fx.Node, int] = {}
+
+    def run(part: str, inputs: tuple[Any, ...]) -> Any:
+        graph, packed = graphs[part]
+        return _Counter(model, graph, counter, macs).run(_AllOpen(model), *packed, *inputs)
+
     # Eval, so that no running statistics move and a batch norm accepts one value per channel.
     with kept_training_flags(model), FlopCounterMode(display=False) as counter, torch.no_grad():
         for module in model.modules():
             module.training = False
-        interpreter = _Counter(model, graph, counter)
-        interpreter.run(_AllOpen(model.report), *extra, blank)
-    return interpreter.macs
+        with model.running_parts_with(run):
+            run("", (blank,))
+    return macs

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .spans import symmetric_padding
+from .channelwise import symmetric_padding
 from .trace import has_hooks
 
 _MODULE_NAMES: dict[type[nn.Module], str] = {

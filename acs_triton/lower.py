@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import cpu, ops, sparse
+from .channelwise import not_plain, symmetric_padding
 from .fold import Folded, activation_name, fold_conv, is_identity, norm_affine, norm_parts, window_matrix
 from .gates import ConvGate, PooledGate, projections
-from .program import Program
-from .spans import not_plain, symmetric_padding
+from .program import Program, Programs
 from .trace import compile_graph, has_hooks
 
 if TYPE_CHECKING:
@@ -30,18 +30,27 @@ _ADDS = (operator.add, operator.iadd, torch.add)
 
 
 @dataclass
-class Lowered:
-    """A sparse graph and what it was made from.
+class LoweredPart:
+    """The sparse graph of one program.
 
     forward: called as `forward(root, model, tensors, *inputs)`.
     tensors: the packed weights that the graph reads by position.
-    sources: what must be unchanged for the packed weights to be true.
-    gate_macs: cache of `cost`, by input shape without the batch.
     """
 
     graph: fx.Graph
     forward: Callable[..., Any]
     tensors: list[Tensor]
+
+
+@dataclass
+class Lowered:
+    """Sparse graphs by the part they run ("" for the network itself), and what they were made from.
+
+    sources: what must be unchanged for the packed weights to be true.
+    gate_macs: cache of `cost`, by input shape without the batch.
+    """
+
+    by_part: dict[str, LoweredPart]
     sources: _Sources
     gate_macs: dict[tuple[int, ...], int] = field(default_factory=dict)
 
@@ -79,26 +88,35 @@ class _Sources:
         return False
 
 
-def lower(model: ACSModel, program: Program, earlier: Lowered | None) -> Lowered:
-    """The sparse graph of `program` for the weights that `model` has now.
+def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lowered:
+    """The sparse graphs of `programs` for the weights that `model` has now.
 
-    Where the graph is the same as `earlier`'s, the new weights are written into its tensors, so code
+    Where a graph is the same as `earlier`'s, the new weights are written into its tensors, so code
     that was compiled or captured with them sees the change.
     """
     ops.implementation(next(model.parameters()).device)
-    with torch.no_grad():
-        builder = _Builder(model, program)
-        builder.build()
+    parts = {}
+    for part, program in programs.by_part.items():
+        with torch.no_grad():
+            builder = _Builder(model, program)
+            builder.build()
+        parts[part] = _reuse(builder, None if earlier is None else earlier.by_part.get(part))
     sources = _Sources.of(model)
+    if earlier is not None and all(parts[part] is known for part, known in earlier.by_part.items()):
+        earlier.sources = sources
+        return earlier
+    return Lowered(parts, sources)
+
+
+def _reuse(builder: _Builder, earlier: LoweredPart | None) -> LoweredPart:
     code = str(builder.graph.python_code("self").src)
-    if earlier is not None and code == str(earlier.graph.python_code("self").src):
-        if len(earlier.tensors) == len(builder.tensors) and all(map(_alike, earlier.tensors, builder.tensors)):
-            for old, new in zip(earlier.tensors, builder.tensors, strict=True):
-                old.copy_(new)
-            earlier.sources = sources
-            return earlier
-        return Lowered(builder.graph, earlier.forward, builder.tensors, sources)
-    return Lowered(builder.graph, compile_graph(builder.graph), builder.tensors, sources)
+    if earlier is None or code != str(earlier.graph.python_code("self").src):
+        return LoweredPart(builder.graph, compile_graph(builder.graph), builder.tensors)
+    if len(earlier.tensors) != len(builder.tensors) or not all(map(_alike, earlier.tensors, builder.tensors)):
+        return LoweredPart(builder.graph, earlier.forward, builder.tensors)
+    for old, new in zip(earlier.tensors, builder.tensors, strict=True):
+        old.copy_(new)
+    return earlier
 
 
 def _alike(old: Tensor, new: Tensor) -> bool:

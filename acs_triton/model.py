@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from . import cost, lower, ops, sparse
+from .adopt import ADDED_CHILDREN, AdoptedModule
 from .config import ACSConfig
 from .override import GivenMasks, MaskSource, RandomMasks
-from .program import Program, build_gates, build_program
+from .program import Programs, build_gates, build_programs
 from .reference import ActiveChannels
-from .spans import ConversionReport
-from .trace import DROPOUTS, trace
+from .report import ConversionReport
 
 MODES = ("soft", "hard", "sparse")
-_OWN_CHILDREN = ("gates", DROPOUTS)
 
 
 @dataclass
@@ -33,7 +31,7 @@ class _Caches:
         bool masks [N, groups] (hard) or ActiveChannels (sparse).
     """
 
-    program: Program | None = None
+    programs: Programs | None = None
     lowered: lower.Lowered | None = None
     stale: bool = True
     record: dict[str, Tensor | ActiveChannels] = field(default_factory=dict)
@@ -41,9 +39,10 @@ class _Caches:
     recorded_input: tuple[int, ...] = ()
     override: MaskSource | None = None
     forced: dict[str, Tensor] = field(default_factory=dict)
+    part_runner: Callable[[str, tuple[Any, ...]], Any] | None = None
 
 
-class ACSModel(nn.Module):
+class ACSModel(AdoptedModule):
     """A network whose gates choose, for each input, which channels to compute.
 
     It owns every child, parameter and buffer of the original under its own name, and runs the traced
@@ -57,21 +56,13 @@ class ACSModel(nn.Module):
     gates: nn.ModuleDict
 
     def __init__(self, source: nn.Module, config: ACSConfig) -> None:
-        super().__init__()
         _refuse_clashes(source)
+        super().__init__(source)
         self.config = config
-        self._source_type = type(source)
-        self._source_attributes = {
-            name: value for name, value in vars(source).items() if name not in vars(self) or name.startswith("_version")
-        }
-        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            getattr(self, table).update(getattr(source, table))
-        self.training = source.training
         self._threshold = 0.5
         self._mode = "soft" if source.training else config.eval_mode
         self._caches = _Caches()
-        program = self._build_program()
-        self.report: ConversionReport = program.plan.report
+        self.report: ConversionReport = self._build_programs().report
         self.gates = build_gates(self, self.report.gated, config)
         self.gates.train(self.training)
 
@@ -119,7 +110,30 @@ class ACSModel(nn.Module):
         if self._mode == "soft" or torch.is_grad_enabled():
             # An optimizer step may follow, and a fused one does not change tensor versions.
             caches.stale = True
-        return self._program().forward(self, self, *args, **kwargs)
+        return self._programs().root.forward(self, self, *args, **kwargs)
+
+    def run_original(self, inputs: tuple[Any, ...]) -> Any:
+        """The original's own forward, for a network that could not be traced; its traced parts come back to us."""
+        return self.source_view()(*inputs)
+
+    def run_part(self, part: str, inputs: tuple[Any, ...]) -> Any:
+        """Run a traced part in the current mode."""
+        caches = self._caches
+        if caches.part_runner is not None:
+            return caches.part_runner(part, inputs)
+        if self._mode == "sparse" and caches.lowered is not None:
+            lowered = caches.lowered.by_part[part]
+            return lowered.forward(self, self, lowered.tensors, *inputs)
+        return self._programs().by_part[part].forward(self, self, *inputs)
+
+    @contextmanager
+    def running_parts_with(self, runner: Callable[[str, tuple[Any, ...]], Any]) -> Iterator[None]:
+        """Inside the block, `runner(part, inputs)` stands in for `run_part`."""
+        self._caches.part_runner = runner
+        try:
+            yield
+        finally:
+            self._caches.part_runner = None
 
     def mask_features(self, features: Tensor, logits: Tensor, span: str) -> Tensor:
         """Apply a gate's decision to the features [N, C, H, W] at the end of `span` (soft and hard modes)."""
@@ -159,14 +173,14 @@ class ACSModel(nn.Module):
         ops.implementation(batch.device)  # raises where there is no sparse path
         if not torch.compiler.is_compiling():
             self._ensure_lowered()
-        lowered = self._caches.lowered
-        if lowered is None:
+        if self._caches.lowered is None:
             raise RuntimeError(
                 "ACSModel.forward: the model is not lowered, and compiled code cannot do it; "
                 "run one forward or `model.lower(x)` first"
             )
+        root = self._caches.lowered.by_part[""]
         with torch.no_grad():
-            return lowered.forward(self, self, lowered.tensors, *args, **kwargs)
+            return root.forward(self, self, root.tensors, *args, **kwargs)
 
     def _record(self, span: str, decision: Tensor | ActiveChannels) -> None:
         # Exporting would leave symbolic tensors behind.
@@ -182,7 +196,7 @@ class ACSModel(nn.Module):
                 f"ACSModel.forward: the input must be 4-D [N, C, H, W], got {list(batch.shape)}; "
                 "add a batch dimension with x[None] if it is one image"
             )
-        program = self._program()
+        program = self._programs().root
         refused = [name for name in kwargs if name in program.fixed]
         if refused:
             raise ValueError(
@@ -245,7 +259,7 @@ class ACSModel(nn.Module):
         for name, decision in self._recorded("masks").items():
             span = self.report.gated[name]
             if isinstance(decision, ActiveChannels):
-                masks[name] = sparse.mask_of(decision, span.channels)
+                masks[name] = decision.to_mask(span.channels)
             else:
                 masks[name] = (decision.detach() > 0).repeat_interleave(span.granularity, dim=1)
         return masks
@@ -267,7 +281,7 @@ class ACSModel(nn.Module):
         self._recorded("macs")
         caches = self._caches
         ran_sparse = caches.lowered if caches.recorded_mode == "sparse" else None
-        return cost.mac_report(self, self._program(), caches.recorded_input, self.masks(), ran_sparse)
+        return cost.mac_report(self, self._programs(), caches.recorded_input, self.masks(), ran_sparse)
 
     def cost_loss(self, target_density: float | None = None) -> Tensor:
         """((MACs implied by the masks - budget) / budget)^2, a differentiable scalar, for the last soft forward.
@@ -286,7 +300,7 @@ class ACSModel(nn.Module):
         if not 0 < density <= 1:
             raise ValueError(f"cost_loss: target_density must be in (0, 1], got {density!r}")
         masks = {name: mask for name, mask in self._recorded("cost_loss").items() if isinstance(mask, Tensor)}
-        return cost.cost_loss(self, self._program(), self._caches.recorded_input, masks, density)
+        return cost.cost_loss(self, self._programs(), self._caches.recorded_input, masks, density)
 
     # ------------------------------------------------------------------ lowering and caches
 
@@ -306,7 +320,7 @@ class ACSModel(nn.Module):
     def _ensure_lowered(self) -> None:
         caches = self._caches
         if caches.lowered is None or caches.stale or caches.lowered.sources.changed():
-            caches.lowered = lower.lower(self, self._program(), caches.lowered)
+            caches.lowered = lower.lower(self, self._programs(), caches.lowered)
             caches.stale = False
 
     def _lower_again(self) -> None:
@@ -314,34 +328,20 @@ class ACSModel(nn.Module):
         if self._caches.lowered is not None and not self.training:
             self._ensure_lowered()
 
-    def _program(self) -> Program:
-        program = self._caches.program
-        return self._build_program() if program is None else program
+    def _programs(self) -> Programs:
+        programs = self._caches.programs
+        return self._build_programs() if programs is None else programs
 
-    def _build_program(self) -> Program:
-        traced = trace(self.source_view())
-        if traced.dropouts and not hasattr(self, DROPOUTS):
-            self.add_module(DROPOUTS, nn.ModuleList(traced.dropouts).train(self.training))
-        program = build_program(self, traced, self.config)
+    def _build_programs(self) -> Programs:
+        programs = build_programs(self, self.config)
         known = getattr(self, "report", None)
-        if known is not None and known.gated != program.plan.report.gated:
+        if known is not None and known.gated != programs.report.gated:
             raise RuntimeError(
                 "ACSModel: the network's structure changed since it was converted, so its gates no longer fit; "
                 "unconvert it and convert it again"
             )
-        self._caches.program = program
-        return program
-
-    def source_view(self) -> nn.Module:
-        """An instance of the original class that shares this model's children, parameters and buffers."""
-        view = self._source_type.__new__(self._source_type)
-        nn.Module.__init__(view)
-        vars(view).update(self._source_attributes)
-        view.training = self.training
-        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-            getattr(view, table).update(getattr(self, table))
-        view._modules.update({name: child for name, child in self._modules.items() if name not in _OWN_CHILDREN})
-        return view
+        self._caches.programs = programs
+        return programs
 
     def _apply(self, fn: Any, recurse: bool = True) -> ACSModel:
         self._caches.stale = True
@@ -358,7 +358,7 @@ class ACSModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Now, because compiled code cannot trace.
-        self._build_program()
+        self._build_programs()
 
     def extra_repr(self) -> str:
         return f"mode={self._mode}, gate={self.config.gate}, spans={len(self.report.gated)}"
@@ -380,16 +380,6 @@ class _ModeGuard:
         self._model.set_mode(self._earlier)
 
 
-def unconvert(model: ACSModel) -> nn.Module:
-    """The original class with plain convolutions and the weights of `model`, under the same names.
-
-    The result shares nothing with `model`. Raises TypeError for anything but an ACSModel.
-    """
-    if not isinstance(model, ACSModel):
-        raise TypeError(f"unconvert: expected an ACSModel, got {type(model).__name__}")
-    return copy.deepcopy(model.source_view())
-
-
 def _per_channel(mask: Tensor, features: Tensor) -> Tensor:
     """[N, groups] -> [N, C, 1, 1]."""
     groups, channels = mask.shape[1], features.shape[1]
@@ -398,7 +388,7 @@ def _per_channel(mask: Tensor, features: Tensor) -> Tensor:
 
 def _refuse_clashes(source: nn.Module) -> None:
     own = {name for name in dir(ACSModel) if name not in dir(nn.Module)}
-    own |= {"config", "report", *_OWN_CHILDREN}
+    own |= {"config", "report", *ADDED_CHILDREN}
     names = {*source._modules, *source._parameters, *source._buffers}
     clashes = sorted(names & own)
     if clashes:

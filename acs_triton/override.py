@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .spans import Span
+from .report import Span
 
 # splitmix64, whose output is uniform for consecutive inputs; written as signed 64-bit numbers.
 _INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)

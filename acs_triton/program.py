@@ -1,51 +1,136 @@
-"""The gated graph: a traced network with its gates and masks inserted, as a callable."""
+"""The gated graphs: a traced network with its gates and masks inserted, as callables."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
+from .adopt import ADDED_CHILDREN, AdoptedModule, TracedPart
 from .config import ACSConfig
 from .gates import GATE_CLASSES, Head
-from .spans import Plan, Span, find_spans
-from .trace import Trace, compile_graph
+from .report import ConversionReport, Span
+from .spans import Plan, check_patterns, conv_names, find_spans
+from .trace import Trace, TraceError, compile_graph, trace
 
 
 @dataclass
 class Program:
-    """The gated graph and its function.
+    """The gated graph of the network, or of a part of it, and its function.
 
-    forward: called as `forward(root, masker, *inputs)`. `root` owns the graph's targets;
+    forward: called as `forward(model, masker, *inputs)`. The graph's targets are names on `model`;
         `masker.mask_features(features, logits, span)` applies the decision of a gate.
     plan: the spans, with nodes of `graph`.
     input_channels: channels that the convolutions reading the first input expect, if any do.
     fixed: optional arguments of the original forward, which are what they were by default.
-    mac_counts: cache of `cost`, by input shape without the batch.
     """
 
     graph: fx.Graph
     plan: Plan
     forward: Callable[..., Any]
-    input_channels: int | None
-    fixed: dict[str, Any]
+    input_channels: int | None = None
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Programs:
+    """Programs by the name of the part they run ("" for the network itself), and the report over all.
+
+    mac_counts: cache of `cost`, by input shape without the batch.
+    """
+
+    by_part: dict[str, Program]
+    report: ConversionReport
     mac_counts: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
+    @property
+    def root(self) -> Program:
+        return self.by_part[""]
 
-def build_program(root: nn.Module, traced: Trace, config: ACSConfig) -> Program:
-    """Insert gates and masks into the traced graph of `root`. Nothing gateable is a ValueError."""
-    graph = traced.graph
-    plan = find_spans(root, graph, config, traced.opaque)
-    if not plan.report.gated:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.report.skipped.items())
+
+def build_programs(model: AdoptedModule, config: ACSConfig) -> Programs:
+    """Trace what `model` adopted, find its spans, and insert gates and masks.
+
+    A submodule that cannot be traced is left whole and its children are traced by themselves; those
+    with spans become `TracedPart`s. Raises ValueError for a root that differs between train and eval,
+    for patterns that match nothing, and if nothing can be gated.
+    """
+    check_patterns(model, config)
+    builder = _ProgramsBuilder(model, config)
+    builder.build_root()
+    while builder.opaque:
+        builder.build_parts(*builder.opaque.pop())
+    skipped = {name: reason for name, reason in builder.skipped.items() if name not in builder.gated}
+    if not builder.gated:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
             "convert_model: no convolution of the network can be gated; "
             f"the reasons, by convolution:\n{reasons or '  it has no Conv2d'}"
         )
-    input_channels = _input_channels(root, graph)
+    return Programs(builder.programs, ConversionReport(builder.gated, skipped))
+
+
+class _ProgramsBuilder:
+    def __init__(self, model: AdoptedModule, config: ACSConfig) -> None:
+        self.model = model
+        self.config = config
+        self.programs: dict[str, Program] = {}
+        self.gated: dict[str, Span] = {}
+        self.skipped: dict[str, str] = {}
+        # Submodules left whole, and whether what they read comes from a convolution.
+        self.opaque: list[tuple[str, bool]] = []
+
+    def build_root(self) -> None:
+        try:
+            traced = trace(self.model.source_view())
+        except TraceError as error:
+            if error.differs:
+                raise ValueError(f"convert_model: the network {error.reason}") from error
+            self.skipped = dict.fromkeys(conv_names(self.model), f"its network {error.reason}")
+            self.programs[""] = _untraced_program()
+            self.opaque.append(("", False))
+            return
+        self.model.keep_dropouts(traced)
+        self._add("", traced, below=False)
+
+    def build_parts(self, whole: str, below: bool) -> None:
+        """Trace the children of submodule `whole`, which could not be traced itself."""
+        for name, child in _traceable_children(whole, self.model.get_submodule(whole)):
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            part = child if isinstance(child, TracedPart) else TracedPart(child, self.model, name)  # type: ignore[arg-type]
+            try:
+                traced = trace(part.source_view())
+            except TraceError as error:
+                self.skipped |= dict.fromkeys(
+                    conv_names(self.model, f"{name}."), f"inside {name}, which {error.reason}"
+                )
+                self.opaque.append((name, below))
+                continue
+            part.keep_dropouts(traced)
+            parent._modules[name.rpartition(".")[2]] = part
+            _prefix_targets(traced, name)
+            if not self._add(name, traced, below):
+                parent._modules[name.rpartition(".")[2]] = child
+                del self.programs[name]
+
+    def _add(self, part: str, traced: Trace, below: bool) -> bool:
+        program = _build_program(self.model, traced, self.config, part, below)
+        self.programs[part] = program
+        self.gated |= program.plan.report.gated
+        self.skipped |= program.plan.report.skipped
+        for node in program.graph.nodes:
+            if node.op == "call_module" and node.target in traced.opaque:
+                self.opaque.append((str(node.target), node in program.plan.below_conv))
+        return bool(program.plan.report.gated)
+
+
+def _build_program(model: nn.Module, traced: Trace, config: ACSConfig, part: str, below: bool) -> Program:
+    graph = traced.graph
+    plan = find_spans(model, graph, config, traced.opaque, part, below)
+    input_channels = _input_channels(model, graph)
     with graph.inserting_before(next(iter(graph.nodes))):
         masker = graph.placeholder("masker")
     order = {node: position for position, node in enumerate(graph.nodes)}
@@ -67,6 +152,33 @@ def build_program(root: nn.Module, traced: Trace, config: ACSConfig) -> Program:
             consumer.replace_input_with(last, masked)
     graph.lint()
     return Program(graph, plan, compile_graph(graph), input_channels, traced.fixed)
+
+
+def _untraced_program() -> Program:
+    """Runs the original's own forward; only its traced parts are gated."""
+    graph = fx.Graph()
+    masker, inputs = graph.placeholder("masker"), graph.placeholder("*inputs")
+    graph.output(graph.call_method("run_original", (masker, inputs)))
+    return Program(graph, Plan(ConversionReport({}, {})), compile_graph(graph))
+
+
+def _traceable_children(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children with convolutions inside; containers that are never called give their own."""
+    for child_name, child in module.named_children():
+        full_name = f"{name}.{child_name}" if name else child_name
+        if full_name in ADDED_CHILDREN or isinstance(child, nn.Conv2d):
+            continue
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _traceable_children(full_name, child)
+        elif any(isinstance(inner, nn.Conv2d) for inner in child.modules()):
+            yield full_name, child
+
+
+def _prefix_targets(traced: Trace, part: str) -> None:
+    for node in traced.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = f"{part}.{node.target}"
+    traced.opaque = {f"{part}.{name}": reason for name, reason in traced.opaque.items()}
 
 
 def build_gates(root: nn.Module, gated: dict[str, Span], config: ACSConfig) -> nn.ModuleDict:

@@ -162,11 +162,5 @@ def compact(keep: Tensor, channels: int, granularity: int) -> ActiveChannels:
     return ops.compact_channels(mask, granularity)
 
 
-def mask_of(active: ActiveChannels, channels: int) -> Tensor:
-    """The bool mask [N, channels] that `active` lists."""
-    mask = active.index.new_zeros((active.index.shape[0], channels + 1), dtype=torch.bool)
-    return mask.scatter_(1, active.index.long(), True)[:, :channels]
-
-
 def _direct(x: Tensor) -> bool:
     return ops.run_direct(x)

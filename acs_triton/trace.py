@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def has_hooks(module: nn.Module) -> bool:
 def trace(root: nn.Module) -> Trace:
     """Trace `root` in train and in eval mode; a submodule where they differ is left whole.
 
-    The `training` flags of `root` are as before on return. Raises ValueError if the root itself
+    The `training` flags of `root` are as before on return. Raises TraceError if the root itself
     cannot be traced or behaves differently in the two modes, naming the line.
     """
     opaque: dict[str, str] = {}
@@ -72,7 +73,7 @@ def trace(root: nn.Module) -> Trace:
             if isinstance(outcome, fx.Graph):
                 return Trace(outcome, _defaults(root), _modules_for_dropouts(outcome), opaque)
             if not outcome.submodule:
-                raise ValueError(f"convert_model: {type(root).__name__} {outcome.reason}")
+                raise TraceError(outcome)
             opaque[outcome.submodule] = outcome.reason
 
 
@@ -80,6 +81,16 @@ def trace(root: nn.Module) -> Trace:
 class _Failure:
     submodule: str
     reason: str
+    differs: bool = False
+
+
+class TraceError(Exception):
+    """The root itself could not be traced. `differs`: it can be, but does something else in train than in eval."""
+
+    def __init__(self, failure: _Failure) -> None:
+        super().__init__(failure.reason)
+        self.reason = failure.reason
+        self.differs = failure.differs
 
 
 class _LeafTracer(fx.Tracer):
@@ -92,6 +103,7 @@ class _LeafTracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return (
             name in self._opaque
+            or getattr(module, "is_traced_part", False)
             or next(module.children(), None) is None
             or isinstance(module, _BatchNorm)
             or is_parametrized(module)
@@ -119,7 +131,7 @@ class _LeafTracer(fx.Tracer):
         if node.op == "call_module" and node.target == owner and len(self._path) > 1:
             owner = self._path[-2]
         node.meta["owner"] = owner
-        node.meta["line"] = _users_line(traceback.extract_stack())
+        node.meta["line"] = _users_line(traceback.walk_stack(None))
         return node
 
 
@@ -140,7 +152,7 @@ def _trace_once(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
         # An optional argument keeps its default: as a proxy it would take the wrong side of `is None`.
         graph = tracer.trace(root, concrete_args=_defaults(root) or None)
     except Exception as error:  # noqa: BLE001 - tracing runs arbitrary user code
-        line = _users_line(traceback.extract_tb(error.__traceback__))
+        line = _users_line(reversed(list(traceback.walk_tb(error.__traceback__))))
         return _Failure(tracer.failed_in or "", f"cannot be traced ({line}: {type(error).__name__}: {error})")
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _DROPOUT_MODULES:
@@ -153,10 +165,13 @@ def _defaults(root: nn.Module) -> dict[str, Any]:
     return {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
 
-def _users_line(frames: Iterable[traceback.FrameSummary]) -> str:
-    """Where the traced code, not torch or this file, was."""
-    own = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__]
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown line"
+def _users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """Where the traced code, not torch or this file, was; `frames` from the innermost."""
+    for frame, line in frames:
+        filename = frame.f_code.co_filename
+        if "/torch/" not in filename and filename != __file__:
+            return f"{filename}:{line}"
+    return "unknown line"
 
 
 def _forget_training_flag(node: fx.Node) -> None:
@@ -194,10 +209,10 @@ def _signature(node: fx.Node) -> tuple[str, ...]:
 
 def _difference(node: fx.Node) -> _Failure:
     reason = (
-        f"does something else in train than in eval, at `{node.target}` ({node.meta['line']}); a network with auxiliary branches "
-        "converts when built without them (for GoogLeNet and Inception: aux_logits=False)"
+        f"does something else in train than in eval, at `{node.target}` ({node.meta['line']}); a network with "
+        "auxiliary branches converts when built without them (for GoogLeNet and Inception: aux_logits=False)"
     )
-    return _Failure(node.meta.get("owner", ""), reason)
+    return _Failure(node.meta.get("owner", ""), reason, differs=True)
 
 
 @contextmanager
