@@ -14,26 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import onednn
+from .onednn import activate_
 from .reference.compact_channels import ActiveChannels, padded_channels
 from .reference.gate_head import Head, logit_threshold
 from .reference.gated_conv2d import output_size, pair, sides
 
-_ACTIVATIONS_: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda tensor: tensor,
-    "relu": torch.relu_,
-    "relu6": lambda tensor: tensor.clamp_(0, 6),
-    "silu": lambda tensor: F.silu(tensor, inplace=True),
-    "hardswish": lambda tensor: F.hardswish(tensor, inplace=True),
-    "gelu": F.gelu,
-}
-
 Run = tuple[list[int], list[int]]
 """Samples whose active lists are all equal, and the length of each of those lists."""
-
-
-def activate_(tensor: Tensor, activation: str) -> Tensor:
-    """Apply an activation, in place where PyTorch can; use the returned tensor."""
-    return _ACTIVATIONS_[activation](tensor)
 
 
 def compact_channels(mask: Tensor, granularity: int = 1) -> ActiveChannels:
@@ -66,23 +54,26 @@ def gated_conv2d(
         n = samples[0]
         n_in = counts[0] if in_active is not None else c_in
         n_out = counts[-1] if out_active is not None else c_out
+        kept_bias = None if bias is None else _rows(bias, out_active, n, n_out)
+        added = None if residual is None else _samples(residual, samples)
         if n_in == 0 or n_out == 0:
             y = part.new_zeros(part.shape[0], n_out, *output_size(x, weight, stride, padding, dilation))
             y = y.contiguous(memory_format=torch.channels_last)
-            return y if bias is None else y.add_(_rows(bias, out_active, n, n_out)[:, None, None])
-        kept_bias = None if bias is None else _rows(bias, out_active, n, n_out)
-        if in_active is not None and out_active is None and _is_matrix_product(weight, stride, padding):
-            return _matrix_product(part, _rows(weight[:, :, 0, 0].t(), in_active, n, n_in), kept_bias)
-        kept = _columns(_rows(weight, out_active, n, n_out), in_active, n, n_in)
-        return _convolve(part, kept, kept_bias, stride, padding, dilation)
+        elif in_active is not None and out_active is None and _is_matrix_product(weight, stride, padding):
+            y = _matrix_product(part, _rows(weight[:, :, 0, 0].t(), in_active, n, n_in), kept_bias)
+            kept_bias = None
+        else:
+            kept = _columns(_rows(weight, out_active, n, n_out), in_active, n, n_in)
+            # A weight that is not gathered comes from a lowered graph (tight), and will come again.
+            keep = tight and n_in == c_in and n_out == c_out
+            return _convolve(part, kept, kept_bias, stride, padding, dilation, 1, added, activation, keep)
+        y = y if kept_bias is None else y.add_(kept_bias[:, None, None])
+        return activate_(y if added is None else y.add_(added), activation)
 
     actives = [active for active in (in_active, out_active) if active is not None]
     runs = _runs(x.shape[0], actives)
     width = c_out if out_active is None else _width(runs, c_out, tight)
-    y = _each(runs, run, x, width, lambda: output_size(x, weight, stride, padding, dilation))
-    if residual is not None:
-        y.add_(residual)
-    return activate_(y, activation)
+    return _each(runs, run, x, width, lambda: output_size(x, weight, stride, padding, dilation))
 
 
 def gated_depthwise_conv2d(
@@ -103,13 +94,12 @@ def gated_depthwise_conv2d(
         n, count = samples[0], counts[0]
         if count == 0:
             return part.new_zeros(part.shape[0], 0, *output_size(x, weight, stride, padding, dilation))
-        kept_bias = None if bias is None else _rows(bias, active, n, count)
-        return _convolve(part, _rows(weight, active, n, count), kept_bias, stride, padding, dilation, groups=count)
+        kept, kept_bias = _rows(weight, active, n, count), None if bias is None else _rows(bias, active, n, count)
+        return _convolve(part, kept, kept_bias, stride, padding, dilation, count, None, activation)
 
     runs = _runs(x.shape[0], [active])
     width = _width(runs, weight.shape[0], tight)
-    y = _each(runs, run, x, width, lambda: output_size(x, weight, stride, padding, dilation))
-    return activate_(y, activation)
+    return _each(runs, run, x, width, lambda: output_size(x, weight, stride, padding, dilation))
 
 
 def gated_affine(
@@ -219,16 +209,26 @@ def _each(
     out = torch.zeros((x.shape[0], width, *size()), dtype=x.dtype, device=x.device)
     out = out.contiguous(memory_format=torch.channels_last)
     for samples, counts in runs:
-        first, last = samples[0], samples[-1] + 1
-        adjacent = last - first == len(samples)
-        part = x[first:last] if adjacent else torch.cat([x[n : n + 1] for n in samples])
-        y = run(part, samples, counts)
-        if adjacent:
-            out[first:last, : y.shape[1]] = y
+        y = run(_samples(x, samples), samples, counts)
+        if _adjacent(samples):
+            out[samples[0] : samples[-1] + 1, : y.shape[1]] = y
         else:
             for n, result in zip(samples, y, strict=True):
                 out[n, : y.shape[1]] = result
     return out
+
+
+def _adjacent(samples: list[int]) -> bool:
+    return samples[-1] - samples[0] + 1 == len(samples)
+
+
+def _samples(x: Tensor, samples: list[int]) -> Tensor:
+    """Some samples of a batch, in channels_last, without a copy where they are adjacent."""
+    if len(samples) == x.shape[0]:
+        return x.contiguous(memory_format=torch.channels_last)
+    if _adjacent(samples):
+        return x[samples[0] : samples[-1] + 1].contiguous(memory_format=torch.channels_last)
+    return torch.cat([x[n : n + 1] for n in samples]).contiguous(memory_format=torch.channels_last)
 
 
 def _convolve(
@@ -239,6 +239,9 @@ def _convolve(
     padding: int | Sequence[int],
     dilation: int | Sequence[int],
     groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    keep: bool = False,
 ) -> Tensor:
     channels = weight.shape[1] * groups
     if x.shape[1] != channels:
@@ -247,8 +250,8 @@ def _convolve(
     if left != right or top != bottom:
         x = F.pad(x, (left, right, top, bottom))
         left = top = 0
-    y = torch.conv2d(x, weight, bias, pair(stride), (top, left), pair(dilation), groups)
-    return y.contiguous(memory_format=torch.channels_last)
+    stride, dilation = pair(stride), pair(dilation)
+    return onednn.convolve(x, weight, bias, stride, (top, left), dilation, groups, residual, activation, keep)
 
 
 def _is_matrix_product(weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]) -> bool:

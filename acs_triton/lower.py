@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import cpu, ops, sparse
+from . import groups, onednn, ops, sparse
 from .channelwise import not_plain, symmetric_padding
 from .fold import Folded, activation_name, fold_conv, is_identity, norm_affine, norm_parts, window_matrix
 from .gates import ConvGate, PooledGate, projections
@@ -97,7 +97,8 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lower
     ops.implementation(next(model.parameters()).device)
     parts = {}
     for part, program in programs.by_part.items():
-        with torch.no_grad():
+        # Never inference tensors: they could not be written again outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
             builder = _Builder(model, program)
             builder.build()
         parts[part] = _reuse(builder, None if earlier is None else earlier.by_part.get(part))
@@ -152,9 +153,10 @@ class _Builder:
     def build(self) -> None:
         source = self.program.graph
         self._written = self._written_in_place(source)
-        for node in source.nodes:
-            if self._is_foldable_conv(node):
-                self._fuse(node)
+        self._conv_nodes = [node for node in source.nodes if self._is_foldable_conv(node)]
+        for node in self._conv_nodes:
+            self._fuse(node)
+        self._in_groups = {name for name in self._producers.values() if self._runs_in_groups(name)}
         for node in source.nodes:
             self._emit(node)
         self.graph.lint()
@@ -238,6 +240,17 @@ class _Builder:
         grouped = conv.groups > 1 and conv.padding_mode == "zeros" and symmetric_padding(conv) is not None
         return grouped or not_plain(conv) is None
 
+    def _runs_in_groups(self, name: str) -> bool:
+        """Whether a span can stay in runs of groups: nothing but its convolution's epilogue before its consumers."""
+        producer, last = self.program.plan.producer[name], self.program.plan.last(name)
+        fused = next(fused for node, fused in self._fused_at.values() if node is producer)
+        if self._skip_identity(last) is not fused.last or self._is_masked(producer.args[0]):
+            return False
+        if self.model.report.gated[name].granularity < groups.SMALLEST_GROUP:
+            return False
+        masked = next(node for node in last.users if node.target == "mask_features")
+        return all(reader in self._conv_nodes and reader not in self._producers for reader in masked.users)
+
     # ------------------------------------------------------------------ emission
 
     def _emit(self, node: fx.Node) -> None:
@@ -278,15 +291,20 @@ class _Builder:
         if folded.groups > 1:
             self._values[fused.last] = self._grouped(source, folded, bias, fused.activation)
             return
-        in_active = self._active.get(self._skip_identity(source))
+        masked = self._skip_identity(source)
+        in_active = self._active.get(masked)
         name = self._producers.get(conv_node)
         out_active = None if name is None else self._decisions[name]
         weight = self._packed(_storage(folded.weight, in_active is not None, out_active is not None))
         residual = None if fused.residual is None else self._value(fused.residual)
-        self._values[fused.last] = self.graph.call_function(
-            sparse.conv,
-            (self._value(source), weight, bias, in_active, out_active, residual, geometry, fused.activation),
-        )
+        x, end = self._value(source), (geometry, fused.activation)
+        if name is not None and name in self._in_groups:
+            value = self.graph.call_function(sparse.produce_groups, (x, weight, bias, out_active, *end))
+        elif in_active is not None and str(masked.args[3]) in self._in_groups:
+            value = self.graph.call_function(sparse.consume_groups, (x, weight, bias, in_active, residual, *end))
+        else:
+            value = self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end))
+        self._values[fused.last] = value
 
     def _grouped(self, source: Any, folded: Folded, bias: fx.Node | None, activation: str) -> fx.Node:
         weight = self._packed(folded.weight)
@@ -295,7 +313,7 @@ class _Builder:
         result = self.graph.call_function(F.conv2d, arguments)
         if activation == "none":
             return result
-        return self.graph.call_function(cpu.activate_, (result, activation))
+        return self.graph.call_function(onednn.activate_, (result, activation))
 
     def _emit_on_compact(self, node: fx.Node) -> None:
         """An operation inside a span that no convolution swallowed."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, ops
+from . import cpu, groups, onednn, ops
 from ._checks import prepare
 from .gates import full_precision
 from .ops import ActiveChannels
@@ -40,12 +40,9 @@ def conv(
     stride, padding, dilation = geometry
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias, residual = prepare("ACSModel.forward", x, weight, bias, residual)
-    if residual is not None:
-        size = ops.output_size(x, weight, stride, padding, dilation)
-        if residual.shape != (x.shape[0], weight.shape[0], *size):
-            # The original's add broadcasts.
-            alone = conv(x, weight, bias, in_active, out_active, None, geometry, "none")
-            return cpu.activate_(alone + residual, activation)
+    if residual is not None and not _is_result_like(residual, x, weight, geometry):
+        alone = conv(x, weight, bias, in_active, out_active, None, geometry, "none")
+        return onednn.activate_(alone + residual, activation)
     if _direct(x):
         return cpu.gated_conv2d(
             x, weight, bias, in_active=in_active, out_active=out_active, residual=residual,
@@ -55,6 +52,41 @@ def conv(
         x, weight, bias, in_active=in_active, out_active=out_active, residual=residual,
         stride=stride, padding=padding, dilation=dilation, activation=activation,
     )  # fmt: skip
+
+
+def produce_groups(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_active: ActiveChannels, geometry: Geometry, activation: str
+) -> Tensor | groups.Runs:
+    """`conv` with active outputs, for consumers that call `consume_groups`."""
+    stride, padding, dilation = geometry
+    if _direct(x) and groups.can_run(x, weight) and int(out_active.count[0]):
+        return groups.produce(x, weight, bias, out_active, stride, padding, dilation, activation)
+    return conv(x, weight, bias, None, out_active, None, geometry, activation)
+
+
+def consume_groups(
+    x: Tensor | groups.Runs,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_active: ActiveChannels,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+) -> Tensor:
+    """`conv` with active inputs, on what `produce_groups` returned."""
+    if isinstance(x, Tensor):
+        return conv(x, weight, bias, in_active, None, residual, geometry, activation)
+    stride, padding, dilation = geometry
+    piece = x.pieces[0]
+    if residual is not None and not _is_result_like(residual, piece, weight, geometry):
+        alone = groups.consume(x, weight, bias, None, stride, padding, dilation, "none")
+        return onednn.activate_(alone + residual, activation)
+    return groups.consume(x, weight, bias, residual, stride, padding, dilation, activation)
+
+
+def _is_result_like(residual: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """False where the original's add broadcasts."""
+    return residual.shape == (x.shape[0], weight.shape[0], *ops.output_size(x, weight, *geometry))
 
 
 def depthwise(

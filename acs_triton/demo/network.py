@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTHS = (64, 128, 256)
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def channels_last(network: _Network) -> _Network:
+    """The same network, its weights stored channels last, as convolutions on a CPU want them."""
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class BasicBlock(nn.Module):

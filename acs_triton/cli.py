@@ -1,0 +1,194 @@
+"""The command line: `acs-triton demo`, `acs-triton inspect MODEL`, `acs-triton doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import doctor, zoo
+from .config import GATES, ACSConfig
+from .convert import convert_model
+from .demo import run
+from .demo.data import Images, fashion_mnist, mnist_digits
+from .demo.training import Progress
+
+_BAD_INPUT, _FAILED = 2, 1
+_BAR = "{desc} {percentage:3.0f} % {bar:20} {elapsed} {postfix}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, or 1 if the demo's checks fail, or 2 after one line on stderr for bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result: int = arguments.command(arguments)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"acs-triton: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _BAD_INPUT
+    return result
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    config = ACSConfig(gate=arguments.gate, granularity=arguments.granularity, target_density=arguments.target_density)
+    images = _images(arguments.data)
+    options = run.Options(
+        epochs_dense=arguments.epochs_dense,
+        epochs_gated=arguments.epochs_gated,
+        config=config,
+        seed=arguments.seed,
+    )
+    print(
+        f"{images.name}: {len(images.train):,} images to train, {len(images.test):,} to test; "
+        f"{torch.get_num_threads()} threads, seed {options.seed}\n"
+    )
+    result = run.run(images, options, arguments.output, _stage)
+    print(f"{result}\n")
+    print(f"written to {arguments.output}: {run.CHECKPOINT}, {run.PICTURE}, {run.REPORT}")
+    if not result.differing.complete:
+        print("acs-triton: error: predictions that must be equal differ, see above", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    channels, height, width = _input_size(arguments.input_size or "224")
+    network = zoo.build(arguments.model).eval()
+    model = convert_model(
+        network,
+        ACSConfig(
+            gate=arguments.gate,
+            granularity=arguments.granularity,
+            include=tuple(arguments.include),
+            exclude=tuple(arguments.exclude),
+        ),
+        inplace=True,
+    )
+    text = str(model.report)
+    if arguments.input_size is not None:
+        with torch.no_grad(), model.set_mode("hard"), model.override_masks(density=arguments.density):
+            model(torch.zeros(1, channels, height, width))
+            macs = model.macs()
+        text += (
+            f"\n\nmillion MACs at {channels}x{height}x{width}: dense {macs.dense / 1e6:.1f}, "
+            f"ideal at density {arguments.density:g} {macs.ideal / 1e6:.1f} "
+            f"({100 * macs.ideal / macs.dense:.1f} %), gates {macs.gates / 1e6:.1f}"
+        )
+    print(text)
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    print(doctor.report())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("acs-triton", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("demo", help="train, convert and time a small network on real images")
+    one.set_defaults(command=demo)
+    one.add_argument("--data", nargs="+", default=["mnist"], metavar=("NAME", "PATH"),
+                     help="mnist (default), or fashion-mnist and the folder that holds its four idx files")  # fmt: skip
+    one.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write to (%(default)s)")
+    one.add_argument(
+        "--epochs-dense", type=_positive, default=run.Options.epochs_dense, help="before conversion (%(default)s)"
+    )
+    one.add_argument("--epochs-gated", type=_positive, default=run.Options.epochs_gated, help="after it (%(default)s)")
+    one.add_argument("--target-density", type=float, default=0.5, help="share of channels to run (%(default)s)")
+    one.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
+    one.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    _add_gate_options(one)
+
+    two = commands.add_parser("inspect", help="say what would be gated in a torchvision or timm network, and why")
+    two.set_defaults(command=inspect)
+    two.add_argument("model", metavar="MODEL", help="a name such as resnet18, timm/mobilenetv2_100")
+    two.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="only convolutions named like this")
+    two.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="no convolution named like this")
+    two.add_argument("--input-size", help="also count MACs, at 224 or 192x224 or 3x192x224")
+    two.add_argument("--density", type=float, default=0.5, help="of that count (%(default)s)")
+    _add_gate_options(two)
+
+    three = commands.add_parser("doctor", help="say what is installed and which path each mode takes here")
+    three.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_gate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gate", choices=GATES, default="acs", help="(%(default)s)")
+    parser.add_argument("--granularity", type=_granularity, default="auto", help="channels in a group (%(default)s)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _granularity(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+def _input_size(text: str) -> tuple[int, int, int]:
+    try:
+        sizes = [int(part) for part in text.split("x")]
+    except ValueError:
+        sizes = []
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise ValueError(f"inspect: --input-size must be 224, 192x224 or 3x192x224, got {text!r}")
+    if len(sizes) == 1:
+        sizes = [sizes[0], sizes[0]]
+    height, width = sizes[-2:]
+    return (sizes[0] if len(sizes) == 3 else 3), height, width
+
+
+def _images(wanted: list[str]) -> Images:
+    name, *paths = wanted
+    if name == "mnist" and not paths:
+        return mnist_digits()
+    if name == "fashion-mnist" and len(paths) == 1:
+        return fashion_mnist(Path(paths[0]))
+    raise ValueError(f"demo: --data must be 'mnist', or 'fashion-mnist' and one folder, got {' '.join(wanted)!r}")
+
+
+def _stage(title: str) -> Progress:
+    """A progress bar on a terminal, a few plain lines elsewhere; both on stderr."""
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            return _bar(tqdm(total=0, desc=f"{title:38s}", bar_format=_BAR, leave=True))
+    return _lines(title)
+
+
+def _bar(bar: Any) -> Progress:
+    def show(done: int, total: int, text: str) -> None:
+        bar.total = total
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return show
+
+
+def _lines(title: str) -> Progress:
+    shown = 0
+
+    def show(done: int, total: int, text: str) -> None:
+        nonlocal shown
+        quarter = 4 * done // total
+        if quarter > shown:
+            shown = quarter
+            print(f"{title:38s} {25 * quarter:3d} %  {text}".rstrip(), file=sys.stderr, flush=True)
+
+    return show
