@@ -54,7 +54,7 @@ def produce(
     pieces = []
     for first, number in channels:
         part = onednn.Slice(weight, 0, first, number)
-        kept_bias = None if bias is None else bias[first : first + number]
+        kept_bias = None if bias is None else bias.narrow(0, first, number)
         pieces.append(onednn.convolve(x, part, kept_bias, stride, padding, dilation, activation=activation))
     return Runs(pieces, channels)
 

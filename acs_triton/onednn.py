@@ -30,6 +30,8 @@ _FUSED: dict[str, tuple[str, list[float], str]] = {
     "hardswish": ("hardswish", [], ""),
     "gelu": ("gelu", [], "none"),
 }
+# A call of oneDNN costs 20 to 40 us whatever its size; below about this many MACs, aten's matrix product is faster.
+_SMALLEST_MACS = 1_000_000
 # Packed weights are true to one input size: at another size they can be thirty times slower.
 _SIZES_KEPT = 4
 
@@ -61,15 +63,14 @@ def _entry_points() -> _EntryPoints | None:
 
 
 _ENTRY_POINTS = _entry_points() if torch.backends.mkldnn.is_available() else None
+_BFLOAT16 = _ENTRY_POINTS is not None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def available(dtype: torch.dtype) -> bool:
     """Whether the fused entry points exist and take `dtype` on this processor."""
-    if _ENTRY_POINTS is None or not torch.backends.mkldnn.enabled:
+    if _ENTRY_POINTS is None:
         return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16)
 
 
 def activate_(tensor: Tensor, activation: str) -> Tensor:
@@ -94,11 +95,11 @@ def convolve(
     keep: `weight` will be used again at this input size, so its re-ordered form is kept with it.
     A `Slice` is always kept, and needs `available`.
     """
-    if _ENTRY_POINTS is None or not available(x.dtype):
-        assert isinstance(weight, Tensor)  # a Slice needs `available`
+    if isinstance(weight, Tensor) and (_is_small(x, weight, stride, groups) or not available(x.dtype)):
         y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         y = y.contiguous(memory_format=torch.channels_last)
         return activate_(y if residual is None else y.add_(residual), activation)
+    assert _ENTRY_POINTS is not None  # available
     geometry = (padding, stride, dilation, groups)
     if isinstance(weight, Slice):
         weight = _packed(x, weight, geometry)
@@ -113,6 +114,11 @@ def convolve(
     y = _ENTRY_POINTS.convolve_add(x, residual, weight, bias, *geometry, "add", 1.0, fused, [], "")
     y = y.contiguous(memory_format=torch.channels_last)
     return y if fused else activate_(y, activation)
+
+
+def _is_small(x: Tensor, weight: Tensor, stride: Pair, groups: int) -> bool:
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return groups == 1 and weight.numel() * pixels < _SMALLEST_MACS * stride[0] * stride[1]
 
 
 def accumulate_(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Stride, padding, dilation, each (height, width)."""
+_POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
 
 
 def conv(
@@ -44,6 +45,9 @@ def conv(
         alone = conv(x, weight, bias, in_active, out_active, None, geometry, "none")
         return onednn.activate_(alone + residual, activation)
     if _direct(x):
+        if in_active is None and out_active is None:
+            x = x.contiguous(memory_format=torch.channels_last)
+            return onednn.convolve(x, weight, bias, *geometry, 1, residual, activation, keep=True)
         return cpu.gated_conv2d(
             x, weight, bias, in_active=in_active, out_active=out_active, residual=residual,
             stride=stride, padding=padding, dilation=dilation, activation=activation, tight=True,
@@ -147,7 +151,13 @@ def conv_gate(
     tails: (matrix [groups, 9 * hidden], bias [groups], channels, granularity) of each span.
     """
     with full_precision(x):
-        reduced = conv(x.float(), reduce, None, in_active, None, None, ((2, 2), (0, 0), (1, 1)), "none")
+        # A 1x1 convolution of stride 2 sees every second pixel.
+        pixels = x[:, :, ::2, ::2].float()
+        reduced = (
+            _linear(pixels, reduce)
+            if in_active is None
+            else conv(pixels, reduce, None, in_active, None, None, _POINTWISE, "none")
+        )
         hidden = conv(reduced, conv1, bias1, None, None, None, ((2, 2), (1, 1), (1, 1)), "relu")
         means = window_means(hidden)
         active = []
@@ -155,6 +165,11 @@ def conv_gate(
             keep = F.linear(means, matrix, bias) > model.logit_threshold
             active.append(model.decide(name, compact(keep, channels, granularity)))
     return tuple(active)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A 1x1 convolution as one matrix product: x [N, C_in, H, W], weight [C_out, C_in, 1, 1]."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 def window_means(x: Tensor) -> Tensor:

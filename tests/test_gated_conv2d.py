@@ -20,6 +20,8 @@ ACTIVATIONS = {
     "hardswish": lambda y: y * (y + 3).clamp(0, 6) / 6,
     "gelu": lambda y: y * 0.5 * (1 + torch.erf(y / 2**0.5)),
 }
+# From this size on, aten's conv2d uses oneDNN for any batch.
+ONEDNN_ELEMENTS = 20480
 STORAGES = {
     "contiguous": lambda weight: weight.contiguous(),
     "channels_last": lambda weight: weight.contiguous(memory_format=torch.channels_last),
@@ -72,13 +74,16 @@ class Case:
                 self.arguments["bias"][~self.out_mask.any(0)] = float("nan")
         self.arguments["weight"] = STORAGES[storage](self.arguments["weight"])
 
-    def dense(self, dtype, layout=torch.contiguous_format, batch=True):
+    def dense(self, dtype, layout=torch.contiguous_format, batch="as given"):
         """The masked dense convolution: every channel computed, masks multiplied."""
         x = F.pad(masked(self.x, self.in_mask).to(dtype), self.sides).contiguous(memory_format=layout)
         bias = None if self.bias is None else self.bias.to(dtype)
         geometry = (self.geometry["stride"], 0, self.geometry["dilation"])
-        parts = [x] if batch or len(x) == 0 else x.split(1)
-        y = torch.cat([F.conv2d(part, self.weight.to(dtype), bias, *geometry) for part in parts])
+        parts = x.split(1) if batch == "one by one" and len(x) else [x]
+        # Only a large input makes conv2d take oneDNN's direct convolution instead of a matrix product.
+        if batch == "large" and len(x):
+            parts = [x.repeat(ONEDNN_ELEMENTS // x.numel() + 1, 1, 1, 1).contiguous(memory_format=layout)]
+        y = torch.cat([F.conv2d(part, self.weight.to(dtype), bias, *geometry) for part in parts])[: len(x)]
         y = y if self.residual is None else y + self.residual.to(dtype)
         return masked(ACTIVATIONS[self.activation](y), self.out_mask)
 
@@ -86,7 +91,7 @@ class Case:
         assert y.is_contiguous(memory_format=torch.channels_last)
         exact = self.dense(torch.float64)
         # PyTorch's own error depends on the algorithm it picks, and that on layout and batch size.
-        ways = itertools.product((torch.contiguous_format, torch.channels_last), (True, False))
+        ways = itertools.product((torch.contiguous_format, torch.channels_last), ("as given", "one by one", "large"))
         own = max((self.dense(y.dtype, *way) for way in ways), key=lambda t: (t - exact).abs().max())
         if self.out_mask is not None:
             assert_zero_tail(y, self.out_mask)

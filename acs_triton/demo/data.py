@@ -58,6 +58,10 @@ def fashion_mnist(folder: Path) -> Images:
     Raises FileNotFoundError for a missing file, ValueError for one that is not a complete idx file.
     """
     arrays = {key: _read_idx(folder, name) for key, name in _IDX_FILES.items()}
+    for part in ("train", "test"):
+        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
+        if images != labels:
+            raise ValueError(f"--data fashion-mnist: {folder} holds {images} {part} images but {labels} labels")
     classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
     return _images("Fashion-MNIST", classes, *(arrays[key] for key in _IDX_FILES))
 
@@ -95,8 +99,14 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     if len(content) < 8 or content[:3] != b"\0\0\x08":
         raise ValueError(f"--data fashion-mnist: {name} in {folder} is not an idx file of bytes")
     dimensions = content[3]
+    if len(content) < 4 + 4 * dimensions:
+        raise ValueError(f"--data fashion-mnist: {name} in {folder} ends within its header")
     shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if values.size != shape.prod():
         raise ValueError(f"--data fashion-mnist: {name} promises {shape.prod()} values and holds {values.size}")
+    if "images" in name and (dimensions != 3 or tuple(shape[1:]) != (28, 28)):
+        raise ValueError(f"--data fashion-mnist: {name} must hold [N, 28, 28] images, got {shape.tolist()}")
+    if "labels" in name and (dimensions != 1 or values.size == 0 or values.max() > 9):
+        raise ValueError(f"--data fashion-mnist: {name} must hold [N] labels from 0 to 9, got {shape.tolist()}")
     return values.reshape(shape)

@@ -1,4 +1,4 @@
-"""Training for the demo: plain SGD for the dense network, and with the cost loss for the gated one."""
+"""Training for the demo: the same AdamW recipe for the dense network and, with the cost loss, for the gated one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Recipe:
     """
 
     batch: int = 64
-    learning_rate: float = 0.05
-    gate_learning_rate: float = 0.05
-    weight_decay: float = 5e-4
+    learning_rate: float = 2e-3
+    gate_learning_rate: float = 1e-2
+    weight_decay: float = 0.05
     cost_weight: float = 2.0
     anneal: float = 0.3
     warm_up: float = 0.1
@@ -37,9 +37,11 @@ class Recipe:
 def train(
     model: nn.Module, images: Images, epochs: int, recipe: Recipe, seed: int, progress: Progress | None = None
 ) -> None:
-    """SGD with a one-cycle cosine schedule; adds the cost loss if `model` is an ACSModel."""
+    """AdamW with a one-cycle cosine schedule; adds the cost loss if `model` is an ACSModel."""
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(images.train) // recipe.batch)
+    if steps == 0:
+        raise ValueError(f"train: {epochs} epochs of {len(images.train)} images hold no batch of {recipe.batch}")
     optimizer = _optimizer(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps, recipe.warm_up))
     model.train()
@@ -81,7 +83,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         # Decay would pull the gates to a probability of one half, the threshold.
         {"params": gates, "lr": recipe.gate_learning_rate, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD([group for group in groups if group["params"]], momentum=0.9, nesterov=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
 def _rate(done: float, warm_up: float) -> float:
