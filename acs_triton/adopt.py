@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 # Children that conversion adds; the original does not have them.
 ADDED_CHILDREN = ("gates", DROPOUTS)
-_TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
+# Hooks on the module itself included; the training flag is no table.
+_TABLES = tuple(sorted(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))))
 
 
 class AdoptedModule(nn.Module):
@@ -25,7 +26,7 @@ class AdoptedModule(nn.Module):
         super().__init__()
         self._source_type = type(source)
         self._source_attributes = {k: v for k, v in vars(source).items() if k not in _EVERY_MODULE_HAS}
-        for table in (*_TABLES, "_modules"):
+        for table in _TABLES:
             getattr(self, table).update(getattr(source, table))
         self.training = source.training
 
@@ -37,7 +38,8 @@ class AdoptedModule(nn.Module):
         view.training = self.training
         for table in _TABLES:
             getattr(view, table).update(getattr(self, table))
-        view._modules.update({name: child for name, child in self._modules.items() if name not in ADDED_CHILDREN})
+        for name in ADDED_CHILDREN:
+            view._modules.pop(name, None)
         return view
 
     def keep_dropouts(self, traced: Trace) -> None:

@@ -26,7 +26,7 @@ Run = tuple[list[int], list[int]]
 
 def compact_channels(mask: Tensor, granularity: int = 1) -> ActiveChannels:
     """See reference.compact_channels."""
-    return _compact_groups(mask[:, ::granularity], mask.shape[1], granularity)
+    return compact_groups(mask[:, ::granularity], mask.shape[1], granularity)
 
 
 def gated_conv2d(
@@ -156,11 +156,11 @@ def gate_head(
     decisions = []
     for w2, b2, channels, granularity in heads:
         logits = torch.addmm(b2.to(dtype), hidden, w2.to(dtype).t())
-        decisions.append(_compact_groups(logits > cut, channels, granularity))
+        decisions.append(compact_groups(logits > cut, channels, granularity))
     return tuple(decisions)
 
 
-def _compact_groups(mask: Tensor, channels: int, granularity: int) -> ActiveChannels:
+def compact_groups(mask: Tensor, channels: int, granularity: int) -> ActiveChannels:
     """mask: bool [N, channels / granularity]. In numpy, whose calls cost a third of PyTorch's at this size."""
     samples = mask.shape[0]
     index = np.full((samples, padded_channels(channels)), channels, dtype=np.int32)

@@ -65,9 +65,9 @@ def fold_conv(conv: nn.Conv2d, norm: Affine | None) -> Folded:
 
 
 def norm_affine(norm: _BatchNorm) -> Affine | None:
-    """A batch norm with running statistics as scale and shift, in fp32 or better; None without statistics or hooked."""
+    """A batch norm in eval mode as scale and shift, in fp32 or better; None without running statistics or hooked."""
     mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None or has_hooks(norm):
+    if mean is None or variance is None or norm.training or has_hooks(norm):
         return None
     dtype = torch.promote_types(mean.dtype, torch.float32)
     scale = (variance.detach().to(dtype) + norm.eps).rsqrt()
@@ -112,6 +112,14 @@ def is_identity(module: nn.Module | None) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return not module.training
     return type(module) is nn.Identity
+
+
+def merged_convs(pointwise: Tensor, conv: Tensor) -> Tensor:
+    """1x1 conv of stride 2 [M, C, 1, 1], then 3x3 conv of stride 2 and padding 1 [K, M, 3, 3], as one convolution.
+
+    Returns [K, C, 3, 3] in fp32, for stride 4, padding 2 and dilation 2: nothing stands between the two.
+    """
+    return torch.einsum("kmij,mc->kcij", conv.float(), pointwise.flatten(1).float())
 
 
 def window_matrix(conv: Tensor, project: Tensor) -> Tensor:

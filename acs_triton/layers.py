@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# The published start: so close to the threshold that the first gradient decides each gate.
-_GATE_START = 1e-8
+# As published, a start so close to the threshold that the first gradient decides each gate; large enough for fp16.
+_GATE_START = 1e-6
 
 
 class DynamicGroupConv2d(nn.Conv2d):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,15 +19,27 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import groups, onednn, ops, sparse
 from .channelwise import not_plain, symmetric_padding
-from .fold import Folded, activation_name, fold_conv, is_identity, norm_affine, norm_parts, window_matrix
+from .fold import (
+    Folded,
+    activation_name,
+    fold_conv,
+    is_identity,
+    merged_convs,
+    norm_affine,
+    norm_parts,
+    window_matrix,
+)
 from .gates import ConvGate, PooledGate, projections
 from .program import Program, Programs
-from .trace import compile_graph, has_hooks
+from .spans import check_spans
+from .trace import compile_graph, has_hooks, hook_tables
 
 if TYPE_CHECKING:
     from .model import ACSModel
 
 _ADDS = (operator.add, operator.iadd, torch.add)
+_version_of = operator.attrgetter("_version")
+_training_of = operator.attrgetter("training")
 
 
 @dataclass
@@ -59,36 +72,47 @@ class Lowered:
 class _Sources:
     """What the packed weights were made from: entries of the modules' tables, and the tensors' states."""
 
-    entries: list[tuple[dict[str, Any], str, Any]]
+    tables: list[dict[str, Any]]
+    members: list[Any]
+    modules: list[nn.Module]
+    hook_tables: list[dict[int, Any]]
     tensors: list[Tensor]
     versioned: list[Tensor]
-    states: tuple[list[Any], ...]
+    states: tuple[list[Any], ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> _Sources:
-        entries: list[tuple[dict[str, Any], str, Any]] = []
-        for module in model.modules():
-            for table in (module._modules, module._parameters, module._buffers):
-                entries += [(cast(dict[str, Any], table), name, value) for name, value in table.items()]
-        tensors = [value for _, _, value in entries if isinstance(value, Tensor)]
+        modules = list(model.modules())
+        tables = [
+            cast(dict[str, Any], table)
+            for module in modules
+            for table in (module._modules, module._parameters, module._buffers)
+            if table
+        ]
+        members = [member for table in tables for member in table.values()]
+        tensors = [member for member in members if isinstance(member, Tensor)]
         # Inference tensors have no version.
         versioned = [tensor for tensor in tensors if not tensor.is_inference()]
-        return cls(entries, tensors, versioned, cls._states(tensors, versioned))
+        # The model's own hooks run around its forward, in every mode.
+        sources = cls(tables, members, modules, hook_tables(modules[1:]), tensors, versioned)
+        sources.states = sources._states()
+        return sources
 
-    @staticmethod
-    def _states(tensors: list[Tensor], versioned: list[Tensor]) -> tuple[list[Any], ...]:
-        # One pass for each property: this runs before every sparse forward, and comprehensions are fastest.
+    def _states(self) -> tuple[list[Any], ...]:
+        # This runs before every sparse forward, so every loop is one of the interpreter's own. Another dtype
+        # or device means another pointer.
         return (
-            [tensor.data_ptr() for tensor in tensors],
-            [tensor._version for tensor in versioned],
-            [tensor.dtype for tensor in tensors],
-            [tensor.device for tensor in tensors],
+            [*map(Tensor.data_ptr, self.tensors)],
+            [*map(_version_of, self.versioned)],
+            [*map(_training_of, self.modules)],
+            [*map(len, self.hook_tables)],
         )
 
     def changed(self) -> bool:
-        if any([table.get(name) is not value for table, name, value in self.entries]):
+        members = [*chain.from_iterable(map(dict.values, self.tables))]
+        if len(members) != len(self.members) or not all(map(operator.is_, members, self.members)):
             return True
-        return self._states(self.tensors, self.versioned) != self.states
+        return self._states() != self.states
 
 
 def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lowered:
@@ -97,14 +121,16 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lower
     Where a graph is the same as `earlier`'s, the new weights are written into its tensors, so code
     that was compiled or captured with them sees the change.
     """
-    ops.implementation(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    ops.implementation(device)  # raises where there is no sparse path
     parts = {}
     for part, program in programs.by_part.items():
+        check_spans(model, program.plan)
         # Never inference tensors: they could not be written again outside of inference mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             builder = _Builder(model, program)
             builder.build()
-        parts[part] = _reuse(builder, None if earlier is None else earlier.by_part.get(part))
+            parts[part] = _reuse(builder, None if earlier is None else earlier.by_part.get(part))
     sources = _Sources.of(model)
     if earlier is not None and all(parts[part] is known for part, known in earlier.by_part.items()):
         earlier.sources = sources
@@ -368,7 +394,7 @@ class _Builder:
             assert isinstance(gate, ConvGate)  # GATE_CLASSES has two
             norm = norm_affine(gate.bn)
             assert norm is not None  # BatchNorm2d tracks its statistics by default
-            first = gate.conv1.masked_weight().float() * norm.scale.float()[:, None, None, None]
+            first = merged_convs(gate.reduce.weight, gate.conv1.masked_weight() * norm.scale[:, None, None, None])
             tails = [
                 (
                     self._packed(window_matrix(gate.conv2.masked_weight(), weight)),
@@ -378,12 +404,8 @@ class _Builder:
                 )
                 for (weight, bias), name in zip(projections(gate), names, strict=True)
             ]
-            reduce = _storage(gate.reduce.weight.float(), self._active.get(source) is not None, False)
-            weights = (
-                self._packed(reduce),
-                self._packed(_storage(first, False, False)),
-                self._packed(norm.shift.float()),
-            )
+            in_gated = self._active.get(source) is not None
+            weights = (self._packed(_storage(first, in_gated, False)), self._packed(norm.shift.float()))
             found = self.graph.call_function(sparse.conv_gate, cast(Any, (*common, *weights, tails, names)))
         for head, name in enumerate(names):
             self._decisions[name] = self.graph.call_function(operator.getitem, (found, head))

@@ -19,6 +19,7 @@ from .override import GivenMasks, MaskSource, RandomMasks
 from .program import Programs, build_gates, build_programs
 from .reference import ActiveChannels
 from .report import ConversionReport
+from .staleness import watch_optimizers
 
 MODES = ("soft", "hard", "sparse")
 
@@ -114,7 +115,7 @@ class ACSModel(AdoptedModule):
 
     def run_original(self, inputs: tuple[Any, ...]) -> Any:
         """The original's own forward, for a network that could not be traced; its traced parts come back to us."""
-        return self.source_view()(*inputs)
+        return self.source_view().forward(*inputs)
 
     def run_part(self, part: str, inputs: tuple[Any, ...]) -> Any:
         """Run a traced part in the current mode."""
@@ -165,9 +166,10 @@ class ACSModel(AdoptedModule):
                 "ACSModel.forward: sparse mode needs .training False (batch norms use running statistics), "
                 'got True; call eval(), or set_mode("soft") to train'
             )
-        if torch.is_grad_enabled() and batch.requires_grad:
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
             raise RuntimeError(
-                "ACSModel.forward: sparse mode builds no autograd graph, but the input requires grad; "
+                "ACSModel.forward: sparse mode builds no autograd graph, but an input requires grad; "
                 'use set_mode("hard") for gradients, or torch.no_grad()'
             )
         ops.implementation(batch.device)  # raises where there is no sparse path
@@ -197,19 +199,23 @@ class ACSModel(AdoptedModule):
                 "add a batch dimension with x[None] if it is one image"
             )
         program = self._programs().root
-        refused = [name for name in kwargs if name in program.fixed]
+        refused = [name for name in kwargs if name in program.fixed] + program.fixed_beyond(len(args))
         if refused:
             raise ValueError(
                 f"ACSModel.forward: {refused[0]} was fixed at its default {program.fixed[refused[0]]!r} "
                 "when the network was converted; leave it out"
             )
-        expected = program.input_channels
+        expected = self._input_channels(program.input_readers)
         if expected is not None and batch.shape[1] != expected:
             raise ValueError(
                 f"ACSModel.forward: the input must have {expected} channels, got {batch.shape[1]} "
                 f"in {list(batch.shape)}"
             )
         return batch
+
+    def _input_channels(self, readers: tuple[str, ...]) -> int | None:
+        modules = [self.get_submodule(name) for name in readers]
+        return next((module.in_channels for module in modules if isinstance(module, nn.Conv2d)), None)
 
     # ------------------------------------------------------------------ masks
 
@@ -245,7 +251,7 @@ class ACSModel(AdoptedModule):
             source = GivenMasks.checked(dict(masks), self.report.gated)
         else:
             assert density is not None
-            source = RandomMasks.checked(density, seed, self.report.gated)
+            source = RandomMasks.checked(density, seed, self.report.gated, next(self.parameters()).device)
         earlier = self._caches.override
         self._caches.override = source
         try:
@@ -307,10 +313,13 @@ class ACSModel(AdoptedModule):
     def lower(self, example_input: Tensor | None = None) -> ACSModel:
         """Make the sparse graph now: batch norms folded, epilogues fused, weights packed.
 
+        A sparse forward does this by itself when it sees that weights or modules changed; call it after
+        a change that leaves no trace, such as `p.data.mul_()` or a new `eps` of a batch norm.
         Runs one sparse forward if `example_input` is given. RuntimeError while training.
         """
         if self.training:
             raise RuntimeError("lower: needs .training False (batch norms are folded), got True; call eval() first")
+        self._caches.stale = True
         self._ensure_lowered()
         if example_input is not None:
             with self.set_mode("sparse"), torch.no_grad():
@@ -322,6 +331,11 @@ class ACSModel(AdoptedModule):
         if caches.lowered is None or caches.stale or caches.lowered.sources.changed():
             caches.lowered = lower.lower(self, self._programs(), caches.lowered)
             caches.stale = False
+            watch_optimizers(self)
+
+    def mark_stale(self) -> None:
+        """The packed weights are not true any more; the next sparse forward lowers again."""
+        self._caches.stale = True
 
     def _lower_again(self) -> None:
         """A model that was lowered before is brought up to date at once, for compiled and captured code."""
@@ -361,7 +375,8 @@ class ACSModel(AdoptedModule):
         self._build_programs()
 
     def extra_repr(self) -> str:
-        return f"mode={self._mode}, gate={self.config.gate}, spans={len(self.report.gated)}"
+        report = getattr(self, "report", None)  # none while converting
+        return f"mode={self._mode}, gate={self.config.gate}, spans={len(report.gated) if report else 0}"
 
 
 class _ModeGuard:

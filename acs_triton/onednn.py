@@ -30,8 +30,10 @@ _FUSED: dict[str, tuple[str, list[float], str]] = {
     "hardswish": ("hardswish", [], ""),
     "gelu": ("gelu", [], "none"),
 }
-# A call of oneDNN costs 20 to 40 us whatever its size; below about this many MACs, aten's matrix product is faster.
+# A call of oneDNN costs 20 to 40 us whatever its size; for one small map and less than about this many
+# MACs, aten's matrix product is faster.
 _SMALLEST_MACS = 1_000_000
+_SMALL_MAP = 256
 # Packed weights are true to one input size: at another size they can be thirty times slower.
 _SIZES_KEPT = 4
 
@@ -118,7 +120,9 @@ def convolve(
 
 def _is_small(x: Tensor, weight: Tensor, stride: Pair, groups: int) -> bool:
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return groups == 1 and weight.numel() * pixels < _SMALLEST_MACS * stride[0] * stride[1]
+    if pixels > _SMALL_MAP or groups != 1:
+        return False
+    return weight.numel() * pixels < _SMALLEST_MACS * stride[0] * stride[1]
 
 
 def accumulate_(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -51,38 +51,40 @@ class GivenMasks:
 
 @dataclass
 class RandomMasks:
-    """`density` of the groups, chosen anew for each sample at each forward.
+    """A fixed share of the groups, chosen anew for each sample at each forward.
 
     A counter-based generator in tensor operations: the same masks on every device, and new ones at
     each replay of a compiled or captured forward.
+
+    groups: of each span, by name; kept: how many of them run, [spans, 1, 1]; absent: bool [spans, 1, widest],
+    true beyond a span's groups; forwards: int64 [1], counts up from a function of the seed.
     """
 
-    spans: dict[str, Span]
-    density: float
-    seed: int
-    _forwards: dict[torch.device, Tensor] = field(default_factory=dict)
+    groups: dict[str, int]
+    kept: Tensor
+    absent: Tensor
+    forwards: Tensor
 
     @classmethod
-    def checked(cls, density: float, seed: int, spans: dict[str, Span]) -> RandomMasks:
+    def checked(cls, density: float, seed: int, spans: dict[str, Span], device: torch.device) -> RandomMasks:
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1:
             raise ValueError(f"override_masks: density must be a number in [0, 1], got {density!r}")
-        return cls(spans, float(density), int(seed))
+        groups = {name: span.groups for name, span in spans.items()}
+        counts = torch.tensor(list(groups.values()), device=device)[:, None, None]
+        return cls(
+            groups,
+            kept=(counts * float(density) + 0.5).long(),
+            absent=torch.arange(max(groups.values()), device=device) >= counts,
+            forwards=torch.full((1,), int(seed) << 32, dtype=torch.int64, device=device),
+        )
 
     def draw(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        if device not in self._forwards:
-            self._forwards[device] = torch.full((1,), self.seed << 32, dtype=torch.int64, device=device)
-        forwards = self._forwards[device]
-        widest = max(span.groups for span in self.spans.values())
-        shape = (len(self.spans), batch, widest)
-        positions = torch.arange(len(self.spans) * batch * widest, device=device).view(shape)
-        scores = _mix(_mix(forwards) + positions)
-        forwards += 1
-        masks = {}
-        for (name, span), score in zip(self.spans.items(), scores.unbind(), strict=True):
-            kept = int(self.density * span.groups + 0.5)
-            rank = score[:, : span.groups].argsort(dim=1).argsort(dim=1)
-            masks[name] = rank < kept
-        return masks
+        spans, _, widest = self.absent.shape
+        positions = torch.arange(spans * batch * widest, device=self.forwards.device).view(spans, batch, widest)
+        scores = _mix(_mix(self.forwards) + positions).masked_fill(self.absent, torch.iinfo(torch.int64).max)
+        self.forwards += 1
+        keep = (scores.argsort(dim=2).argsort(dim=2) < self.kept).to(device)
+        return {name: keep[i, :, :groups] for i, (name, groups) in enumerate(self.groups.items())}
 
 
 def _mix(numbers: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .config import ACSConfig
 from .gates import GATE_CLASSES, Head
 from .report import ConversionReport, Span
 from .spans import Plan, check_patterns, conv_names, find_spans
-from .trace import Trace, TraceError, compile_graph, trace
+from .trace import Trace, TraceError, compile_graph, has_hooks, trace
 
 
 @dataclass
@@ -24,15 +24,20 @@ class Program:
     forward: called as `forward(model, masker, *inputs)`. The graph's targets are names on `model`;
         `masker.mask_features(features, logits, span)` applies the decision of a gate.
     plan: the spans, with nodes of `graph`.
-    input_channels: channels that the convolutions reading the first input expect, if any do.
-    fixed: optional arguments of the original forward, which are what they were by default.
+    input_readers: names of the modules that read the first input.
+    required, fixed: how many arguments the original forward requires; its optional ones, at their defaults.
     """
 
     graph: fx.Graph
     plan: Plan
     forward: Callable[..., Any]
-    input_channels: int | None = None
+    input_readers: tuple[str, ...] = ()
+    required: int = 0
     fixed: dict[str, Any] = field(default_factory=dict)
+
+    def fixed_beyond(self, given: int) -> list[str]:
+        """Names of the fixed arguments that `given` positional ones would reach."""
+        return list(self.fixed)[: max(given - self.required, 0)]
 
 
 @dataclass
@@ -130,7 +135,7 @@ class _ProgramsBuilder:
 def _build_program(model: nn.Module, traced: Trace, config: ACSConfig, part: str, below: bool) -> Program:
     graph = traced.graph
     plan = find_spans(model, graph, config, traced.opaque, part, below)
-    input_channels = _input_channels(model, graph)
+    input_readers = _input_readers(graph)
     with graph.inserting_before(next(iter(graph.nodes))):
         masker = graph.placeholder("masker")
     order = {node: position for position, node in enumerate(graph.nodes)}
@@ -151,7 +156,7 @@ def _build_program(model: nn.Module, traced: Trace, config: ACSConfig, part: str
         for consumer in consumers:
             consumer.replace_input_with(last, masked)
     graph.lint()
-    return Program(graph, plan, compile_graph(graph), input_channels, traced.fixed)
+    return Program(graph, plan, compile_graph(graph), input_readers, traced.required, traced.fixed)
 
 
 def _untraced_program() -> Program:
@@ -166,7 +171,8 @@ def _traceable_children(name: str, module: nn.Module) -> Iterator[tuple[str, nn.
     """Children with convolutions inside; containers that are never called give their own."""
     for child_name, child in module.named_children():
         full_name = f"{name}.{child_name}" if name else child_name
-        if full_name in ADDED_CHILDREN or isinstance(child, nn.Conv2d):
+        # A hook on a part expects the part itself, so it is left alone.
+        if full_name in ADDED_CHILDREN or isinstance(child, nn.Conv2d) or has_hooks(child):
             continue
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _traceable_children(full_name, child)
@@ -198,9 +204,6 @@ def build_gates(root: nn.Module, gated: dict[str, Span], config: ACSConfig) -> n
     return gates
 
 
-def _input_channels(root: nn.Module, graph: fx.Graph) -> int | None:
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            readers = [root.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
-            return next((reader.in_channels for reader in readers if isinstance(reader, nn.Conv2d)), None)
-    return None
+def _input_readers(graph: fx.Graph) -> tuple[str, ...]:
+    first = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    return tuple(str(user.target) for user in first.users if user.op == "call_module") if first is not None else ()

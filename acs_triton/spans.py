@@ -10,13 +10,14 @@ import operator
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .channelwise import is_channelwise, not_plain
+from .channelwise import is_channelwise, is_channelwise_module, not_plain
 from .config import ACSConfig
 from .report import ConversionReport, Span
 from .trace import has_hooks
@@ -52,6 +53,29 @@ class Plan:
 
     def last(self, name: str) -> fx.Node:
         return (self.body[name] or [self.producer[name]])[-1]
+
+
+def check_spans(root: nn.Module, plan: Plan) -> None:
+    """Raise RuntimeError if modules were changed since so that skipping over a span would no longer be exact."""
+    for name, span in plan.report.gated.items():
+        problems: dict[str, str | None] = {}
+        for conv_name in (name, *span.consumers):
+            conv = root.get_submodule(conv_name)
+            problems[conv_name] = not_plain(conv) if isinstance(conv, nn.Conv2d) else type(conv).__name__
+        for node in plan.body[name]:
+            if node.op == "call_module":
+                module = root.get_submodule(str(node.target))
+                works = is_channelwise_module(module) and not (isinstance(module, _BatchNorm) and module.training)
+                problems[str(node.target)] = None if works else type(module).__name__
+        producer = root.get_submodule(name)
+        if problems[name] is None and cast(nn.Conv2d, producer).out_channels != span.channels:
+            problems[name] = f"{cast(nn.Conv2d, producer).out_channels} output channels instead of {span.channels}"
+        for changed, problem in problems.items():
+            if problem is not None:
+                raise RuntimeError(
+                    f"ACSModel: {changed} in the span of {name} cannot be skipped any more ({problem}: replaced, "
+                    "hooked, parametrized or training since conversion); undo that, use hard mode, or convert again"
+                )
 
 
 @dataclass
@@ -176,7 +200,10 @@ class _Finder:
             if name.startswith(submodule + "."):
                 return f"inside {submodule}, which {reason}"
         if name not in self.calls:
-            return "not called on its own by the traced forward"
+            parts = name.split(".")
+            above = [".".join(parts[:length]) for length in range(1, len(parts))]
+            hooked = next((module for module in above if has_hooks(self._modules[module])), None)
+            return f"inside {hooked}: hook" if hooked else "not called on its own by the traced forward"
         return self._refused(name) or self._walk(self.calls[name][0])
 
     def _refused(self, name: str) -> str | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Stride, padding, dilation, each (height, width)."""
-_POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
+_MERGED: Geometry = ((4, 4), (2, 2), (2, 2))
 
 
 def conv(
@@ -140,36 +140,25 @@ def conv_gate(
     model: ACSModel,
     x: Tensor,
     in_active: ActiveChannels | None,
-    reduce: Tensor,
-    conv1: Tensor,
-    bias1: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     tails: list[tuple[Tensor, Tensor, int, int]],
     spans: list[str],
 ) -> tuple[ActiveChannels, ...]:
-    """ConvGate with its decision. Its last conv, pool and projection are one matrix on nine window means.
+    """ConvGate with its decision, in two steps: its first two convolutions are one (`fold.merged_convs`, batch norm
+    folded), and its last convolution, pool and projection are one matrix on nine window means.
 
     tails: (matrix [groups, 9 * hidden], bias [groups], channels, granularity) of each span.
     """
     with full_precision(x):
-        # A 1x1 convolution of stride 2 sees every second pixel.
-        pixels = x[:, :, ::2, ::2].float()
-        reduced = (
-            _linear(pixels, reduce)
-            if in_active is None
-            else conv(pixels, reduce, None, in_active, None, None, _POINTWISE, "none")
-        )
-        hidden = conv(reduced, conv1, bias1, None, None, None, ((2, 2), (1, 1), (1, 1)), "relu")
+        hidden = conv(x.float(), weight, bias, in_active, None, None, _MERGED, "relu")
         means = window_means(hidden)
-        active = []
-        for name, (matrix, bias, channels, granularity) in zip(spans, tails, strict=True):
-            keep = F.linear(means, matrix, bias) > model.logit_threshold
-            active.append(model.decide(name, compact(keep, channels, granularity)))
-    return tuple(active)
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """A 1x1 convolution as one matrix product: x [N, C_in, H, W], weight [C_out, C_in, 1, 1]."""
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+        cut = model.logit_threshold
+        decisions = [
+            (name, F.linear(means, matrix, shift) > cut, channels, granularity)
+            for name, (matrix, shift, channels, granularity) in zip(spans, tails, strict=True)
+        ]
+    return tuple(model.decide(name, compact(keep, *sizes)) for name, keep, *sizes in decisions)
 
 
 def window_means(x: Tensor) -> Tensor:
@@ -203,9 +192,9 @@ def _windows(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def compact(keep: Tensor, channels: int, granularity: int) -> ActiveChannels:
     """Group decisions, bool [N, groups], as active channels."""
-    mask = keep[:, :, None].expand(-1, -1, granularity).reshape(-1, channels)
     if _direct(keep):
-        return cpu.compact_channels(mask, granularity)
+        return cpu.compact_groups(keep, channels, granularity)
+    mask = keep[:, :, None].expand(-1, -1, granularity).reshape(-1, channels)
     return ops.compact_channels(mask, granularity)
 
 

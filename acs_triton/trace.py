@@ -45,12 +45,14 @@ class Trace:
     """A traced module.
 
     graph: the traced operations; targets are qualified names on the traced root.
-    fixed: optional arguments of the forward, which the graph has at their defaults.
+    required: how many arguments the forward requires.
+    fixed: its optional arguments, which the graph has at their defaults.
     dropouts: modules for the functional dropouts of the graph, to live under `DROPOUTS`.
     opaque: submodules that were left whole, with the reason and the line.
     """
 
     graph: fx.Graph
+    required: int
     fixed: dict[str, Any]
     dropouts: list[nn.Module]
     opaque: dict[str, str] = field(default_factory=dict)
@@ -58,6 +60,10 @@ class Trace:
 
 def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, table, None) for table in _HOOK_TABLES)
+
+
+def hook_tables(modules: list[nn.Module]) -> list[dict[int, Any]]:
+    return [getattr(module, table) for module in modules for table in _HOOK_TABLES]
 
 
 def trace(root: nn.Module) -> Trace:
@@ -71,7 +77,7 @@ def trace(root: nn.Module) -> Trace:
         while True:
             outcome = _trace_both(root, opaque)
             if isinstance(outcome, fx.Graph):
-                return Trace(outcome, _defaults(root), _modules_for_dropouts(outcome), opaque)
+                return Trace(outcome, _required(root), _defaults(root), _modules_for_dropouts(outcome), opaque)
             if not outcome.submodule:
                 raise TraceError(outcome)
             opaque[outcome.submodule] = outcome.reason
@@ -143,6 +149,11 @@ def _trace_both(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
         if isinstance(graph, _Failure):
             return graph
         graphs.append(graph)
+    for pair in zip(graphs[0].nodes, graphs[1].nodes, strict=False):
+        # Other flags are constants of the network: always dropping, or never.
+        if [_dropout_flag(node) for node in pair] == [True, False]:
+            for node in pair:
+                _forget_training_flag(node)
     return _first_difference(*graphs) or graphs[1]
 
 
@@ -154,15 +165,16 @@ def _trace_once(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
     except Exception as error:  # noqa: BLE001 - tracing runs arbitrary user code
         line = _users_line(reversed(list(traceback.walk_tb(error.__traceback__))))
         return _Failure(tracer.failed_in or "", f"cannot be traced ({line}: {type(error).__name__}: {error})")
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _DROPOUT_MODULES:
-            _forget_training_flag(node)
     return graph
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(root.forward).parameters
     return {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def _required(root: nn.Module) -> int:
+    return len(inspect.signature(root.forward).parameters) - len(_defaults(root))
 
 
 def _users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
@@ -174,18 +186,28 @@ def _users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
     return "unknown line"
 
 
+def _dropout_flag(node: fx.Node) -> bool | None:
+    """The training flag of a functional dropout, None for any other node."""
+    if node.op != "call_function" or node.target not in _DROPOUT_MODULES:
+        return None
+    if len(node.args) > 2:
+        return bool(node.args[2])
+    return bool(node.kwargs.get("training", node.kwargs.get("train", True)))
+
+
 def _forget_training_flag(node: fx.Node) -> None:
-    """Rewrite `dropout(x, p, training, inplace)` to `dropout(x, p)`: the flag is the module's."""
+    """Rewrite `dropout(x, p, training, inplace)` to `dropout(x, p)`: the flag is that of the module it becomes."""
     probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     source = node.args[0] if node.args else node.kwargs["input"]
     node.args = (source, probability)
     node.kwargs = {}
+    node.meta["becomes_module"] = True
 
 
 def _modules_for_dropouts(graph: fx.Graph) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _DROPOUT_MODULES:
+        if node.meta.get("becomes_module"):
             source, probability = node.args
             modules.append(_DROPOUT_MODULES[node.target](p=probability))
             node.op, node.target, node.args = "call_module", f"{DROPOUTS}.{len(modules) - 1}", (source,)

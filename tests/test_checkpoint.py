@@ -200,7 +200,7 @@ def test_wrong_arguments_are_refused(model: ACSModel, path: Path, tmp_path: Path
         save_model(Residual(), tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="absent"):
         load_model(tmp_path / "absent", Residual())
-    with pytest.raises((TypeError, ValueError), match="convert|load_model"):
+    with pytest.raises((TypeError, ValueError), match=r"convert|load_model"):
         load_model(path, model)
 
 

@@ -104,13 +104,14 @@ def test_hard_and_soft_give_gradients() -> None:
         model.zero_grad()
 
 
+@pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("net", ["resnet18", "with a depthwise conv"])
 @pytest.mark.parametrize("gate", ["gap", "acs"])
-def test_autocast_gives_the_dtype_of_hard_and_its_error(net: str, gate: str) -> None:
-    x = images(2, 32)
+def test_autocast_gives_the_dtype_of_hard_and_its_error(net: str, gate: str, samples: int) -> None:
+    x = images(samples, 32)
     resnet = net == "resnet18"
     model = convert_model(third_party("torchvision/resnet18"), gate=gate) if resnet else small(gate=gate)
-    masks = random_masks(model, 2, 0.5)
+    masks = random_masks(model, samples, 0.5)
     exact = outputs(copy.deepcopy(model).double(), x.double(), "hard", masks)
     with torch.autocast("cpu", torch.bfloat16):
         hard, sparse = outputs(model, x, "hard", masks), outputs(model, x, "sparse", masks)
@@ -119,13 +120,15 @@ def test_autocast_gives_the_dtype_of_hard_and_its_error(net: str, gate: str) -> 
     assert_same_output(outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(dtype: torch.dtype) -> None:
-    model, x = small(), images()
-    masks = random_masks(model, 3, 0.5)
-    exact = outputs(copy.deepcopy(model).to(dtype).double(), x.to(dtype).double(), "hard", masks)
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("net", ["resnet18", "with a depthwise conv"])
+def test_other_dtypes(net: str, dtype: torch.dtype, samples: int) -> None:
+    model = convert_model(third_party("torchvision/resnet18"), gate="gap") if net == "resnet18" else small()
+    x, masks = images(samples, 32).to(dtype), random_masks(model, samples, 0.5)
     model.to(dtype)
-    assert_parity(outputs(model, x.to(dtype), "sparse", masks), outputs(model, x.to(dtype), "hard", masks), exact)
+    exact = outputs(copy.deepcopy(model).double(), x.double(), "hard", masks)
+    assert_parity(outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks), exact)
 
 
 # ---------------------------------------------------------------------- copies

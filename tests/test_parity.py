@@ -28,7 +28,7 @@ DENSITIES = (0.0, 0.1, 0.5, 1.0)
 OTHERS = [name for name in THIRD_PARTY if name not in ("torchvision/resnet18", "torchvision/mobilenet_v2")]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def converted(name: str, gate: str = "gap", granularity: int | str = "auto") -> ACSModel:
     return convert_model(third_party(name), gate=gate, granularity=granularity, gate_hidden=8)
 
@@ -37,13 +37,12 @@ def fresh(name: str, gate: str = "gap", granularity: int | str = "auto") -> ACSM
     return copy.deepcopy(converted(name, gate, granularity))
 
 
-def check_all_densities(name: str, gate: str, granularity: int | str) -> None:
-    model = converted(name, gate, granularity)
-    x = images(3, 64)
+def check_all_densities(name: str, gate: str, granularity: int | str, samples: int) -> None:
+    model, x = converted(name, gate, granularity), images(samples, 64)
     with torch.no_grad():
         original = third_party(name)(x)
     for density in DENSITIES:
-        masks = random_masks(model, 3, density)
+        masks = random_masks(model, samples, density)
         masks = {span: mask.fill_(True) for span, mask in masks.items()} if density == 1 else masks
         sparse, hard = outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks)
         assert_same_output(sparse, hard)
@@ -55,17 +54,20 @@ def check_all_densities(name: str, gate: str, granularity: int | str) -> None:
         assert all(torch.equal(kept[span], mask) for span, mask in masks.items())
 
 
+# One sample runs other code than several.
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize(("gate", "granularity"), [("acs", "auto"), ("gap", 1)])
 @pytest.mark.parametrize("name", THIRD_PARTY)
-def test_sparse_is_hard_for_equal_masks(name: str, gate: str, granularity: int | str) -> None:
-    check_all_densities(name, gate, granularity)
+def test_sparse_is_hard_for_equal_masks(name: str, gate: str, granularity: int | str, samples: int) -> None:
+    check_all_densities(name, gate, granularity, samples)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize(("gate", "granularity"), [("acs", 1), ("gap", "auto"), ("gap", 3), ("acs", 10_000)])
 @pytest.mark.parametrize("name", THIRD_PARTY)
-def test_sparse_is_hard_for_equal_masks_long_tail(name: str, gate: str, granularity: int | str) -> None:
-    check_all_densities(name, gate, granularity)
+def test_sparse_is_hard_for_equal_masks_long_tail(name: str, gate: str, granularity: int | str, samples: int) -> None:
+    check_all_densities(name, gate, granularity, samples)
 
 
 @pytest.mark.parametrize("samples", [1, 5])
@@ -88,6 +90,17 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     for n in range(4):
         alone = outputs(model, x[n : n + 1], "sparse", {name: mask[n : n + 1] for name, mask in masks.items()})
         assert_same_output(alone, whole[n : n + 1])
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2"])
+def test_other_image_sizes_and_batches_one_after_another(name: str) -> None:
+    model = fresh(name)
+    for samples, size in ((1, 64), (1, 49), (2, 64), (1, 33), (1, 64), (1, 40), (1, 57), (3, 33), (1, 49)):
+        x, masks = images(samples, size), random_masks(model, samples, 0.5, seed=size)
+        assert_same_output(outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "timm/densenet121"])
@@ -150,10 +163,11 @@ def plant_nan(net: nn.Module, model: ACSModel, x: Tensor, masks: dict[str, Tenso
     return count
 
 
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("name", THIRD_PARTY)
-def test_nan_in_skipped_weights_stays_there(name: str) -> None:
-    net, model, x = third_party(name), fresh(name, "acs"), images(3, 64)
-    masks = random_masks(model, 3, 0.3)
+def test_nan_in_skipped_weights_stays_there(name: str, samples: int) -> None:
+    net, model, x = third_party(name), fresh(name, "acs"), images(samples, 64)
+    masks = random_masks(model, samples, 0.3)
     for span, mask in masks.items():
         mask[:, : model.report.gated[span].granularity] = False
     clean = outputs(model, x, "hard", masks)

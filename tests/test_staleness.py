@@ -127,13 +127,15 @@ CHANGES: dict[str, Change] = {
 }
 
 
+# One sample runs other code than several.
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("gate", ["gap", "acs"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_eager_sees_every_change_at_once(change: str, gate: str) -> None:
-    model, x = lowered(gate), images()
+def test_eager_sees_every_change_at_once(change: str, gate: str, samples: int) -> None:
+    model, x = lowered(gate), images(samples)
     before = outputs(model, x, "sparse")
-    masks = random_masks(model, len(x), 0.5)
-    CHANGES[change](model, x)
+    masks = random_masks(model, samples, 0.5)
+    CHANGES[change](model, images())
     assert model.mode == "sparse"
     sparse, hard = outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks)
     assert_same_output(sparse, hard)
