@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -340,7 +340,9 @@ class ACSModel(AdoptedModule):
     def _lower_again(self) -> None:
         """A model that was lowered before is brought up to date at once, for compiled and captured code."""
         if self._caches.lowered is not None and not self.training:
-            self._ensure_lowered()
+            # What cannot be lowered is for the next sparse forward to say, not for leaving another mode.
+            with suppress(RuntimeError):
+                self._ensure_lowered()
 
     def _programs(self) -> Programs:
         programs = self._caches.programs
