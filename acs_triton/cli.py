@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--target-density", type=float, default=0.5, help="share of channels to run (%(default)s)")
     one.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
     one.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    _add_gate_options(one)
+    _add_gate_options(one, run.GRANULARITY)
 
     two = commands.add_parser("inspect", help="say what would be gated in a torchvision or timm network, and why")
     two.set_defaults(command=inspect)
@@ -120,9 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_gate_options(parser: argparse.ArgumentParser) -> None:
+def _add_gate_options(parser: argparse.ArgumentParser, granularity: int | str = "auto") -> None:
     parser.add_argument("--gate", choices=GATES, default="acs", help="(%(default)s)")
-    parser.add_argument("--granularity", type=_granularity, default="auto", help="channels in a group (%(default)s)")
+    parser.add_argument(
+        "--granularity", type=_granularity, default=granularity, help="channels in a group, or auto (%(default)s)"
+    )
 
 
 def _positive(text: str) -> int:

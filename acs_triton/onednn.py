@@ -30,8 +30,8 @@ _FUSED: dict[str, tuple[str, list[float], str]] = {
     "hardswish": ("hardswish", [], ""),
     "gelu": ("gelu", [], "none"),
 }
-# A call of oneDNN costs 20 to 40 us whatever its size; for one small map and less than about this many
-# MACs, aten's matrix product is faster.
+# A call of oneDNN on weights that it must re-order costs 40 us whatever its size; for one small map and less than
+# about this many MACs, aten's matrix product is faster.
 _SMALLEST_MACS = 1_000_000
 _SMALL_MAP = 256
 # Packed weights are true to one input size: at another size they can be thirty times slower.
@@ -97,7 +97,9 @@ def convolve(
     keep: `weight` will be used again at this input size, so its re-ordered form is kept with it.
     A `Slice` is always kept, and needs `available`.
     """
-    if isinstance(weight, Tensor) and (_is_small(x, weight, stride, groups) or not available(x.dtype)):
+    small = not keep and isinstance(weight, Tensor) and _is_small(x, weight, stride, groups)
+    if small or not available(x.dtype):
+        assert isinstance(weight, Tensor)  # a Slice needs `available`
         y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         y = y.contiguous(memory_format=torch.channels_last)
         return activate_(y if residual is None else y.add_(residual), activation)
