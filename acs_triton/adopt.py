@@ -42,8 +42,10 @@ class AdoptedModule(nn.Module):
             view._modules.pop(name, None)
         return view
 
-    def keep_dropouts(self, traced: Trace) -> None:
-        """Own the modules that tracing made of functional dropouts."""
+    def keep_traced(self, traced: Trace) -> None:
+        """Own what the graph needs besides the original's children: constants, and modules for functional dropouts."""
+        for name, value in traced.constants.items():
+            setattr(self, name, value)
         if traced.dropouts and not hasattr(self, DROPOUTS):
             self.add_module(DROPOUTS, nn.ModuleList(traced.dropouts).train(self.training))
 

@@ -195,7 +195,7 @@ class _Counter(fx.Interpreter):
         flops, claimed = self._counter.get_total_flops(), sum(self._macs.values())
         result = super().run_node(n)
         macs = (self._counter.get_total_flops() - flops) // 2
-        self._macs[n] = macs - (sum(self._macs.values()) - claimed)
+        self._macs[n] = self._macs.get(n, 0) + macs - (sum(self._macs.values()) - claimed)
         return result
 
 

@@ -190,8 +190,6 @@ class _Builder:
             self._emit(node)
         self.graph.lint()
 
-    # ------------------------------------------------------------------ what is fused with what
-
     def _fuse(self, conv_node: fx.Node) -> None:
         conv = self._module(conv_node)
         assert isinstance(conv, nn.Conv2d)  # as _is_foldable_conv says
@@ -212,7 +210,8 @@ class _Builder:
             fused.activation, fused.last = name, follower
             self._swallowed.add(follower)
         self._swallowed.add(conv_node)
-        self._fused_at[fused.last] = (conv_node, fused)
+        # Without a residual it runs where the convolution ran: what it reads may be written right after.
+        self._fused_at[conv_node if fused.residual is None else fused.last] = (conv_node, fused)
 
     def _fuse_residual(self, conv_node: fx.Node, fused: _Fused, follower: fx.Node | None) -> fx.Node | None:
         if follower is None or follower.target not in _ADDS or follower.op != "call_function" or follower.kwargs:
@@ -224,7 +223,10 @@ class _Builder:
         # The convolution moves down to the add: what it reads must not be written in between.
         if self._skip_identity(conv_node.args[0]) in self._written or self._is_masked(other):
             return follower
-        if other in {node for node, (_, earlier) in self._fused_at.items() if earlier.residual is fused.last}:
+        if any(earlier.last is other and earlier.residual is fused.last for _, earlier in self._fused_at.values()):
+            return follower
+        # In place, the first operand changes for its other readers too.
+        if follower.target is operator.iadd and len(cast(fx.Node, first).users) > 1:
             return follower
         fused.residual, fused.last = other, follower
         self._swallowed.add(follower)
@@ -279,8 +281,6 @@ class _Builder:
             return False
         masked = next(node for node in last.users if node.target == "mask_features")
         return all(reader in self._conv_nodes and reader not in self._producers for reader in masked.users)
-
-    # ------------------------------------------------------------------ emission
 
     def _emit(self, node: fx.Node) -> None:
         if node in self._fused_at:
@@ -411,8 +411,6 @@ class _Builder:
             self._decisions[name] = self.graph.call_function(operator.getitem, (found, head))
         for added in list(self.graph.nodes)[start:]:
             added.meta["gate"] = key
-
-    # ------------------------------------------------------------------ small lookups
 
     def _module(self, node: fx.Node | None) -> nn.Module | None:
         return self._modules.get(str(node.target)) if node is not None and node.op == "call_module" else None

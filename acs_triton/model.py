@@ -40,6 +40,7 @@ class _Caches:
     recorded_input: tuple[int, ...] = ()
     override: MaskSource | None = None
     forced: dict[str, Tensor] = field(default_factory=dict)
+    parts_ran: set[str] = field(default_factory=set)
     part_runner: Callable[[str, tuple[Any, ...]], Any] | None = None
 
 
@@ -67,8 +68,6 @@ class ACSModel(AdoptedModule):
         self.gates = build_gates(self, self.report.gated, config)
         self.gates.train(self.training)
 
-    # ------------------------------------------------------------------ modes
-
     @property
     def mode(self) -> str:
         """ "soft", "hard" or "sparse"."""
@@ -82,7 +81,7 @@ class ACSModel(AdoptedModule):
         """
         if mode not in MODES:
             raise ValueError(f"set_mode: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        guard = _ModeGuard(self, self._mode)
+        guard = _ModeGuard(self, self._mode, mode)
         self._mode = mode
         if mode == "sparse":
             self._lower_again()
@@ -103,6 +102,7 @@ class ACSModel(AdoptedModule):
         caches = self._caches
         batch = self._check_input(args, kwargs)
         caches.record = {}
+        caches.parts_ran = set()
         caches.recorded_mode = self._mode
         caches.recorded_input = tuple(batch.shape)
         caches.forced = {} if caches.override is None else caches.override.draw(batch.shape[0], batch.device)
@@ -120,6 +120,12 @@ class ACSModel(AdoptedModule):
     def run_part(self, part: str, inputs: tuple[Any, ...]) -> Any:
         """Run a traced part in the current mode."""
         caches = self._caches
+        if part in caches.parts_ran:
+            raise RuntimeError(
+                f"ACSModel.forward: {part} is called twice in one forward, so its masks would not be one per input; "
+                f'convert with exclude=["{part}.*"]'
+            )
+        caches.parts_ran.add(part)
         if caches.part_runner is not None:
             return caches.part_runner(part, inputs)
         if self._mode == "sparse" and caches.lowered is not None:
@@ -130,7 +136,7 @@ class ACSModel(AdoptedModule):
     @contextmanager
     def running_parts_with(self, runner: Callable[[str, tuple[Any, ...]], Any]) -> Iterator[None]:
         """Inside the block, `runner(part, inputs)` stands in for `run_part`."""
-        self._caches.part_runner = runner
+        self._caches.part_runner, self._caches.parts_ran = runner, set()
         try:
             yield
         finally:
@@ -217,8 +223,6 @@ class ACSModel(AdoptedModule):
         modules = [self.get_submodule(name) for name in readers]
         return next((module.in_channels for module in modules if isinstance(module, nn.Conv2d)), None)
 
-    # ------------------------------------------------------------------ masks
-
     @property
     def logit_threshold(self) -> float:
         return math.log(self._threshold / (1 - self._threshold))
@@ -230,7 +234,7 @@ class ACSModel(AdoptedModule):
 
     def set_threshold(self, probability: float) -> None:
         """Set the gate probability, in (0, 1), above which a channel group runs."""
-        if not 0 < probability < 1:
+        if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 < probability < 1:
             raise ValueError(f"set_threshold: probability must be in (0, 1), got {probability!r}")
         self._threshold = float(probability)
 
@@ -248,6 +252,10 @@ class ACSModel(AdoptedModule):
             raise ValueError("override_masks: give either masks or density=, not both and not neither")
         source: MaskSource
         if masks is not None:
+            if not isinstance(masks, Mapping):
+                raise ValueError(
+                    f"override_masks: masks must map span names to bool tensors, got {type(masks).__name__}"
+                )
             source = GivenMasks.checked(dict(masks), self.report.gated)
         else:
             assert density is not None
@@ -280,8 +288,6 @@ class ACSModel(AdoptedModule):
             raise RuntimeError(f"{function}: nothing is recorded yet; run a forward first")
         return {name: record[name] for name in self.report.gated}
 
-    # ------------------------------------------------------------------ cost
-
     def macs(self) -> cost.MacReport:
         """Multiply-accumulates of the last forward, per sample. RuntimeError before any forward."""
         self._recorded("macs")
@@ -307,8 +313,6 @@ class ACSModel(AdoptedModule):
             raise ValueError(f"cost_loss: target_density must be in (0, 1], got {density!r}")
         masks = {name: mask for name, mask in self._recorded("cost_loss").items() if isinstance(mask, Tensor)}
         return cost.cost_loss(self, self._programs(), self._caches.recorded_input, masks, density)
-
-    # ------------------------------------------------------------------ lowering and caches
 
     def lower(self, example_input: Tensor | None = None) -> ACSModel:
         """Make the sparse graph now: batch norms folded, epilogues fused, weights packed.
@@ -340,9 +344,11 @@ class ACSModel(AdoptedModule):
     def _lower_again(self) -> None:
         """A model that was lowered before is brought up to date at once, for compiled and captured code."""
         if self._caches.lowered is not None and not self.training:
-            # What cannot be lowered is for the next sparse forward to say, not for leaving another mode.
-            with suppress(RuntimeError):
+            try:
                 self._ensure_lowered()
+            except RuntimeError:
+                # For the next sparse forward to say, compiled ones included, not for leaving another mode.
+                self._caches.lowered = None
 
     def _programs(self) -> Programs:
         programs = self._caches.programs
@@ -373,8 +379,9 @@ class ACSModel(AdoptedModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Now, because compiled code cannot trace.
-        self._build_programs()
+        # Now, because compiled code cannot trace. A network that was changed since says so at its next forward.
+        with suppress(ValueError, RuntimeError):
+            self._build_programs()
 
     def extra_repr(self) -> str:
         report = getattr(self, "report", None)  # none while converting
@@ -384,9 +391,10 @@ class ACSModel(AdoptedModule):
 class _ModeGuard:
     """What `set_mode` returns: entering keeps the new mode, leaving restores the earlier one."""
 
-    def __init__(self, model: ACSModel, earlier: str) -> None:
+    def __init__(self, model: ACSModel, earlier: str, chosen: str) -> None:
         self._model = model
         self._earlier = earlier
+        self._chosen = chosen
 
     def __enter__(self) -> ACSModel:
         return self._model
@@ -394,7 +402,9 @@ class _ModeGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._model.set_mode(self._earlier)
+        # A call inside the block, to train() say, came later and wins.
+        if self._model.mode == self._chosen:
+            self._model.set_mode(self._earlier)
 
 
 def _per_channel(mask: Tensor, features: Tensor) -> Tensor:

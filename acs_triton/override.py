@@ -69,6 +69,8 @@ class RandomMasks:
     def checked(cls, density: float, seed: int, spans: dict[str, Span], device: torch.device) -> RandomMasks:
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1:
             raise ValueError(f"override_masks: density must be a number in [0, 1], got {density!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 31:
+            raise ValueError(f"override_masks: seed must be an int from 0 to 2**31 - 1, got {seed!r}")
         groups = {name: span.groups for name, span in spans.items()}
         counts = torch.tensor(list(groups.values()), device=device)[:, None, None]
         return cls(

@@ -98,7 +98,7 @@ class _ProgramsBuilder:
             self.programs[""] = _untraced_program()
             self.opaque.append(("", False))
             return
-        self.model.keep_dropouts(traced)
+        self.model.keep_traced(traced)
         self._add("", traced, below=False)
 
     def build_parts(self, whole: str, below: bool) -> None:
@@ -114,7 +114,7 @@ class _ProgramsBuilder:
                 )
                 self.opaque.append((name, below))
                 continue
-            part.keep_dropouts(traced)
+            part.keep_traced(traced)
             parent._modules[name.rpartition(".")[2]] = part
             _prefix_targets(traced, name)
             if not self._add(name, traced, below):

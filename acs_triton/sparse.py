@@ -40,7 +40,7 @@ def conv(
     """activation(conv2d(x, weight) + bias + residual) on the active channels."""
     stride, padding, dilation = geometry
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias, residual = prepare("ACSModel.forward", x, weight, bias, residual)
+        x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
     if residual is not None and not _is_result_like(residual, x, weight, geometry):
         alone = conv(x, weight, bias, in_active, out_active, None, geometry, "none")
         return onednn.activate_(alone + residual, activation)
@@ -89,8 +89,12 @@ def consume_groups(
 
 
 def _is_result_like(residual: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """False where the original's add broadcasts."""
-    return residual.shape == (x.shape[0], weight.shape[0], *ops.output_size(x, weight, *geometry))
+    """False where the original's add broadcasts or promotes."""
+    return residual.dtype == x.dtype and residual.shape == (
+        x.shape[0],
+        weight.shape[0],
+        *ops.output_size(x, weight, *geometry),
+    )
 
 
 def depthwise(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import linecache
+import operator
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -47,6 +48,7 @@ class Trace:
     graph: the traced operations; targets are qualified names on the traced root.
     required: how many arguments the forward requires.
     fixed: its optional arguments, which the graph has at their defaults.
+    constants: tensors that the graph reads and that are no parameters or buffers, by name on the traced root.
     dropouts: modules for the functional dropouts of the graph, to live under `DROPOUTS`.
     opaque: submodules that were left whole, with the reason and the line.
     """
@@ -54,6 +56,7 @@ class Trace:
     graph: fx.Graph
     required: int
     fixed: dict[str, Any]
+    constants: dict[str, Tensor]
     dropouts: list[nn.Module]
     opaque: dict[str, str] = field(default_factory=dict)
 
@@ -77,7 +80,10 @@ def trace(root: nn.Module) -> Trace:
         while True:
             outcome = _trace_both(root, opaque)
             if isinstance(outcome, fx.Graph):
-                return Trace(outcome, _required(root), _defaults(root), _modules_for_dropouts(outcome), opaque)
+                constants = _constants(root, outcome)
+                return Trace(
+                    outcome, _required(root), _defaults(root), constants, _modules_for_dropouts(outcome), opaque
+                )
             if not outcome.submodule:
                 raise TraceError(outcome)
             opaque[outcome.submodule] = outcome.reason
@@ -99,12 +105,34 @@ class TraceError(Exception):
         self.differs = failure.differs
 
 
+class _Proxy(fx.Proxy):
+    """Keeps `x += y` in place: fx alone would trace it as `x + y`, and other names of x would miss the change."""
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+
 class _LeafTracer(fx.Tracer):
     def __init__(self, opaque: dict[str, str]) -> None:
         super().__init__()
         self._opaque = opaque
         self._path = [""]
         self.failed_in: str | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return (
@@ -141,20 +169,35 @@ class _LeafTracer(fx.Tracer):
         return node
 
 
+def _constants(root: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    own = {target: getattr(root, target) for target in targets if "." not in target}
+    named = {**root._parameters, **root._buffers}
+    return {target: value for target, value in own.items() if target not in named and isinstance(value, Tensor)}
+
+
 def _trace_both(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
-    graphs = []
+    graphs, constants = [], []
     for training in (True, False):
         root.train(training)
+        # fx numbers the tensors it meets in the code by what is there already.
+        for name in [name for name in vars(root) if name.startswith("_tensor_constant")]:
+            delattr(root, name)
         graph = _trace_once(root, opaque)
         if isinstance(graph, _Failure):
             return graph
         graphs.append(graph)
+        constants.append(_constants(root, graph))
     for pair in zip(graphs[0].nodes, graphs[1].nodes, strict=False):
         # Other flags are constants of the network: always dropping, or never.
         if [_dropout_flag(node) for node in pair] == [True, False]:
             for node in pair:
                 _forget_training_flag(node)
-    return _first_difference(*graphs) or graphs[1]
+    difference = _first_difference(*graphs)
+    for name, value in constants[1].items():
+        if difference is None and not torch.equal(constants[0][name], value):
+            difference = _difference(next(node for node in graphs[1].nodes if node.target == name))
+    return difference or graphs[1]
 
 
 def _trace_once(root: nn.Module, opaque: dict[str, str]) -> fx.Graph | _Failure:
