@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,14 +31,13 @@ from .fold import (
 from .gates import ConvGate, PooledGate, projections
 from .program import Program, Programs
 from .spans import check_spans
-from .trace import compile_graph, has_hooks, hook_tables
+from .staleness import Sources
+from .trace import compile_graph, has_hooks
 
 if TYPE_CHECKING:
     from .model import ACSModel
 
 _ADDS = (operator.add, operator.iadd, torch.add)
-_version_of = operator.attrgetter("_version")
-_training_of = operator.attrgetter("training")
 
 
 @dataclass
@@ -64,55 +62,8 @@ class Lowered:
     """
 
     by_part: dict[str, LoweredPart]
-    sources: _Sources
+    sources: Sources
     gate_macs: dict[tuple[int, ...], int] = field(default_factory=dict)
-
-
-@dataclass
-class _Sources:
-    """What the packed weights were made from: entries of the modules' tables, and the tensors' states."""
-
-    tables: list[dict[str, Any]]
-    members: list[Any]
-    modules: list[nn.Module]
-    hook_tables: list[dict[int, Any]]
-    tensors: list[Tensor]
-    versioned: list[Tensor]
-    states: tuple[list[Any], ...] = ()
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Sources:
-        modules = list(model.modules())
-        tables = [
-            cast(dict[str, Any], table)
-            for module in modules
-            for table in (module._modules, module._parameters, module._buffers)
-            if table
-        ]
-        members = [member for table in tables for member in table.values()]
-        tensors = [member for member in members if isinstance(member, Tensor)]
-        # Inference tensors have no version.
-        versioned = [tensor for tensor in tensors if not tensor.is_inference()]
-        # The model's own hooks run around its forward, in every mode.
-        sources = cls(tables, members, modules, hook_tables(modules[1:]), tensors, versioned)
-        sources.states = sources._states()
-        return sources
-
-    def _states(self) -> tuple[list[Any], ...]:
-        # This runs before every sparse forward, so every loop is one of the interpreter's own. Another dtype
-        # or device means another pointer.
-        return (
-            [*map(Tensor.data_ptr, self.tensors)],
-            [*map(_version_of, self.versioned)],
-            [*map(_training_of, self.modules)],
-            [*map(len, self.hook_tables)],
-        )
-
-    def changed(self) -> bool:
-        members = [*chain.from_iterable(map(dict.values, self.tables))]
-        if len(members) != len(self.members) or not all(map(operator.is_, members, self.members)):
-            return True
-        return self._states() != self.states
 
 
 def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lowered:
@@ -131,7 +82,7 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lower
             builder = _Builder(model, program)
             builder.build()
             parts[part] = _reuse(builder, None if earlier is None else earlier.by_part.get(part))
-    sources = _Sources.of(model)
+    sources = Sources.of(model)
     if earlier is not None and all(parts[part] is known for part, known in earlier.by_part.items()):
         earlier.sources = sources
         return earlier

@@ -1,4 +1,5 @@
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -141,3 +142,10 @@ def test_installed_package_imports_kernels_and_reference(checkout: Path, tmp_pat
     assert result.returncode == 0, result.stderr
     home = checkout if form == "editable" else packages
     assert result.stdout.splitlines() == [str(home / "acs_triton" / name / "__init__.py") for name in LINKS]
+
+
+def test_what_the_readme_links_to_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
