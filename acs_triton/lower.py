@@ -17,27 +17,24 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import groups, onednn, ops, sparse
-from .channelwise import not_plain, symmetric_padding
 from .fold import (
     Folded,
     activation_name,
-    fold_conv,
     is_identity,
     merged_convs,
     norm_affine,
     norm_parts,
     window_matrix,
 )
+from .fusion import Fused, Fusion
 from .gates import ConvGate, PooledGate, projections
 from .program import Program, Programs
 from .spans import check_spans
 from .staleness import Sources
-from .trace import compile_graph, has_hooks
+from .trace import compile_graph
 
 if TYPE_CHECKING:
     from .model import ACSModel
-
-_ADDS = (operator.add, operator.iadd, torch.add)
 
 
 @dataclass
@@ -105,16 +102,6 @@ def _alike(old: Tensor, new: Tensor) -> bool:
     return same and old.stride() == new.stride()
 
 
-@dataclass
-class _Fused:
-    """A convolution with what follows it: nodes it swallows, the node it stands for, its weights."""
-
-    folded: Folded
-    last: fx.Node
-    residual: fx.Node | None = None
-    activation: str = "none"
-
-
 class _Builder:
     def __init__(self, model: ACSModel, program: Program) -> None:
         self.model = model
@@ -124,120 +111,33 @@ class _Builder:
         self._values: dict[fx.Node, fx.Node] = {}
         self._active: dict[fx.Node, fx.Node] = {}
         self._decisions: dict[str, fx.Node] = {}
-        self._fused_at: dict[fx.Node, tuple[fx.Node, _Fused]] = {}
-        self._swallowed: set[fx.Node] = set()
         self._producers = {node: name for name, node in program.plan.producer.items()}
         self._span_of_body = {node: name for name, body in program.plan.body.items() for node in body}
-        self._modules = dict(model.named_modules())
+        inside_spans = {*self._producers, *self._span_of_body}
+        self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans)
 
     def build(self) -> None:
-        source = self.program.graph
-        self._written = self._written_in_place(source)
-        self._conv_nodes = [node for node in source.nodes if self._is_foldable_conv(node)]
-        for node in self._conv_nodes:
-            self._fuse(node)
         self._in_groups = {name for name in self._producers.values() if self._runs_in_groups(name)}
-        for node in source.nodes:
+        for node in self.program.graph.nodes:
             self._emit(node)
         self.graph.lint()
-
-    def _fuse(self, conv_node: fx.Node) -> None:
-        conv = self._module(conv_node)
-        assert isinstance(conv, nn.Conv2d)  # as _is_foldable_conv says
-        fused = _Fused(fold_conv(conv, None), conv_node)
-        gated = conv_node in self._producers or conv_node in self._span_of_body
-        follower = self._sole_follower(conv_node)
-        norm = self._module(follower) if follower is not None else None
-        if follower is not None and isinstance(norm, _BatchNorm) and norm_affine(norm) is not None:
-            activations = norm_parts(norm)
-            if activations is not None:
-                fused = _Fused(fold_conv(conv, norm_affine(norm)), follower, activation=activations)
-                self._swallowed.add(follower)
-                follower = self._sole_follower(follower)
-        if not gated and conv.groups == 1 and fused.activation == "none":
-            follower = self._fuse_residual(conv_node, fused, follower)
-        name = activation_name(follower, self._module(follower)) if follower is not None else None
-        if follower is not None and name is not None and fused.activation == "none":
-            fused.activation, fused.last = name, follower
-            self._swallowed.add(follower)
-        self._swallowed.add(conv_node)
-        # Without a residual it runs where the convolution ran: what it reads may be written right after.
-        self._fused_at[conv_node if fused.residual is None else fused.last] = (conv_node, fused)
-
-    def _fuse_residual(self, conv_node: fx.Node, fused: _Fused, follower: fx.Node | None) -> fx.Node | None:
-        if follower is None or follower.target not in _ADDS or follower.op != "call_function" or follower.kwargs:
-            return follower
-        first, second = follower.args
-        other = second if self._skip_identity(first) is fused.last else first
-        if not isinstance(other, fx.Node) or other.op == "get_attr" or self._skip_identity(other) is fused.last:
-            return follower
-        # The convolution moves down to the add: what it reads must not be written in between.
-        if self._skip_identity(conv_node.args[0]) in self._written or self._is_masked(other):
-            return follower
-        if any(earlier.last is other and earlier.residual is fused.last for _, earlier in self._fused_at.values()):
-            return follower
-        # In place, the first operand changes for its other readers too.
-        if follower.target is operator.iadd and len(cast(fx.Node, first).users) > 1:
-            return follower
-        fused.residual, fused.last = other, follower
-        self._swallowed.add(follower)
-        return self._sole_follower(follower)
-
-    def _sole_follower(self, node: fx.Node) -> fx.Node | None:
-        """The only reader of `node`, past operations that do nothing in eval; None if it is read twice."""
-        while len(node.users) == 1:
-            reader = next(iter(node.users))
-            if not is_identity(self._module(reader)):
-                return reader if reader not in self._swallowed else None
-            node = reader
-        return None
-
-    def _skip_identity(self, value: Any) -> Any:
-        while isinstance(value, fx.Node) and is_identity(self._module(value)):
-            value = value.args[0]
-        return value
-
-    def _is_masked(self, value: Any) -> bool:
-        value = self._skip_identity(value)
-        return isinstance(value, fx.Node) and value.op == "call_method" and value.target == "mask_features"
-
-    def _written_in_place(self, graph: fx.Graph) -> set[fx.Node]:
-        written = set()
-        for node in graph.nodes:
-            in_place = (
-                getattr(self._module(node), "inplace", False)
-                or node.kwargs.get("inplace", False)
-                or (node.op == "call_method" and str(node.target).endswith("_"))
-                or str(getattr(node.target, "__name__", "")).startswith("i")
-                or str(getattr(node.target, "__name__", "")).endswith("_")
-            )
-            if in_place and node.args:
-                written.add(self._skip_identity(node.args[0]))
-        return written
-
-    def _is_foldable_conv(self, node: fx.Node) -> bool:
-        conv = self._module(node)
-        if type(conv) is not nn.Conv2d or has_hooks(conv) or len(node.args) != 1:
-            return False
-        grouped = conv.groups > 1 and conv.padding_mode == "zeros" and symmetric_padding(conv) is not None
-        return grouped or not_plain(conv) is None
 
     def _runs_in_groups(self, name: str) -> bool:
         """Whether a span can stay in runs of groups: nothing but its convolution's epilogue before its consumers."""
         producer, last = self.program.plan.producer[name], self.program.plan.last(name)
-        fused = next(fused for node, fused in self._fused_at.values() if node is producer)
-        if self._skip_identity(last) is not fused.last or self._is_masked(producer.args[0]):
+        fused = next(fused for node, fused in self._fusion.fused_at.values() if node is producer)
+        if self._fusion.skip_identity(last) is not fused.last or self._fusion.is_masked(producer.args[0]):
             return False
         if self.model.report.gated[name].granularity < groups.SMALLEST_GROUP:
             return False
         masked = next(node for node in last.users if node.target == "mask_features")
-        return all(reader in self._conv_nodes and reader not in self._producers for reader in masked.users)
+        return all(reader in self._fusion.conv_nodes and reader not in self._producers for reader in masked.users)
 
     def _emit(self, node: fx.Node) -> None:
-        if node in self._fused_at:
-            conv_node, fused = self._fused_at[node]
+        if node in self._fusion.fused_at:
+            conv_node, fused = self._fusion.fused_at[node]
             self._emit_conv(conv_node, fused)
-        elif node in self._swallowed or is_identity(self._module(node)):
+        elif node in self._fusion.swallowed or is_identity(self._fusion.module(node)):
             return
         elif node.op == "placeholder":
             self._values[node] = self.graph.node_copy(node, self._value)
@@ -257,7 +157,7 @@ class _Builder:
         else:
             self._values[node] = self.graph.node_copy(node, self._value)
 
-    def _emit_conv(self, conv_node: fx.Node, fused: _Fused) -> None:
+    def _emit_conv(self, conv_node: fx.Node, fused: Fused) -> None:
         folded = fused.folded
         source = conv_node.args[0]
         span = self._span_of_body.get(conv_node)
@@ -271,7 +171,7 @@ class _Builder:
         if folded.groups > 1:
             self._values[fused.last] = self._grouped(source, folded, bias, fused.activation)
             return
-        masked = self._skip_identity(source)
+        masked = self._fusion.skip_identity(source)
         in_active = self._active.get(masked)
         name = self._producers.get(conv_node)
         out_active = None if name is None else self._decisions[name]
@@ -297,7 +197,7 @@ class _Builder:
 
     def _emit_on_compact(self, node: fx.Node) -> None:
         """An operation inside a span that no convolution swallowed."""
-        module = self._module(node)
+        module = self._fusion.module(node)
         x = self._value(node.args[0])
         decision = self._decisions[self._span_of_body[node]]
         if isinstance(module, _BatchNorm):
@@ -326,11 +226,11 @@ class _Builder:
         return self.graph.call_function(sparse.affine, (value, ones, zeros, decision, "none"))
 
     def _emit_gate(self, node: fx.Node) -> None:
-        gate = self._module(node)
+        gate = self._fusion.module(node)
         key = str(node.target).removeprefix("gates.")
         spans = sorted((span.head, name) for name, span in self.model.report.gated.items() if span.gate == key)
         names = [name for _, name in spans]
-        source = self._skip_identity(node.args[0])
+        source = self._fusion.skip_identity(node.args[0])
         common = (self._model_node, self._value(source), self._active.get(source))
         gated = self.model.report.gated
         start = len(self.graph.nodes)
@@ -363,14 +263,11 @@ class _Builder:
         for added in list(self.graph.nodes)[start:]:
             added.meta["gate"] = key
 
-    def _module(self, node: fx.Node | None) -> nn.Module | None:
-        return self._modules.get(str(node.target)) if node is not None and node.op == "call_module" else None
-
     def _is_gate(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith("gates.")
 
     def _value(self, value: Any) -> Any:
-        return self._values[self._skip_identity(value)] if isinstance(value, fx.Node) else value
+        return self._values[self._fusion.skip_identity(value)] if isinstance(value, fx.Node) else value
 
     def _packed(self, tensor: Tensor) -> fx.Node:
         # A copy even where folding changed nothing: it must not follow the parameter half-way.

@@ -5,43 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import cost, lower, ops, sparse
-from .adopt import ADDED_CHILDREN, AdoptedModule
+from .adopt import AdoptedModule
 from .config import ACSConfig
+from .inputs import check_input, refuse_clashes
 from .override import GivenMasks, MaskSource, RandomMasks
 from .program import Programs, build_gates, build_programs
 from .reference import ActiveChannels
 from .report import ConversionReport
 from .staleness import watch_optimizers
-
-MODES = ("soft", "hard", "sparse")
-
-
-@dataclass
-class _Caches:
-    """What can be made again: never in a state dict, dropped by deepcopy and pickle.
-
-    record: by span, what the last forward decided: straight-through masks [N, groups] (soft),
-        bool masks [N, groups] (hard) or ActiveChannels (sparse).
-    """
-
-    programs: Programs | None = None
-    lowered: lower.Lowered | None = None
-    stale: bool = True
-    record: dict[str, Tensor | ActiveChannels] = field(default_factory=dict)
-    recorded_mode: str = ""
-    recorded_input: tuple[int, ...] = ()
-    override: MaskSource | None = None
-    forced: dict[str, Tensor] = field(default_factory=dict)
-    parts_ran: set[str] = field(default_factory=set)
-    part_runner: Callable[[str, tuple[Any, ...]], Any] | None = None
+from .state import MODES, Caches, ModeGuard
 
 
 class ACSModel(AdoptedModule):
@@ -58,12 +36,12 @@ class ACSModel(AdoptedModule):
     gates: nn.ModuleDict
 
     def __init__(self, source: nn.Module, config: ACSConfig) -> None:
-        _refuse_clashes(source)
+        refuse_clashes(source, {name for name in dir(ACSModel) if name not in dir(nn.Module)})
         super().__init__(source)
         self.config = config
         self._threshold = 0.5
         self._mode = "soft" if source.training else config.eval_mode
-        self._caches = _Caches()
+        self._caches = Caches()
         self.report: ConversionReport = self._build_programs().report
         self.gates = build_gates(self, self.report.gated, config)
         self.gates.train(self.training)
@@ -73,7 +51,7 @@ class ACSModel(AdoptedModule):
         """ "soft", "hard" or "sparse"."""
         return self._mode
 
-    def set_mode(self, mode: str) -> _ModeGuard:
+    def set_mode(self, mode: str) -> ModeGuard:
         """Set the mode without touching `.training`; as a context manager, restores the earlier one.
 
         "soft": dense compute times a differentiable mask. "hard": dense compute under the 0/1 mask.
@@ -81,7 +59,7 @@ class ACSModel(AdoptedModule):
         """
         if mode not in MODES:
             raise ValueError(f"set_mode: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        guard = _ModeGuard(self, self._mode, mode)
+        guard = ModeGuard(self, self._mode, mode)
         self._mode = mode
         if mode == "sparse":
             self._lower_again()
@@ -100,7 +78,7 @@ class ACSModel(AdoptedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward under the current mode. The first input must be [N, C, H, W]."""
         caches = self._caches
-        batch = self._check_input(args, kwargs)
+        batch = check_input(self, self._programs().root, args, kwargs)
         caches.record = {}
         caches.parts_ran = set()
         caches.recorded_mode = self._mode
@@ -194,34 +172,6 @@ class ACSModel(AdoptedModule):
         # Exporting would leave symbolic tensors behind.
         if not torch.compiler.is_exporting():
             self._caches.record[span] = decision
-
-    def _check_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if batch is None:
-            raise TypeError("ACSModel.forward: expected a tensor [N, C, H, W] as the first input, got none")
-        if batch.ndim != 4:
-            raise ValueError(
-                f"ACSModel.forward: the input must be 4-D [N, C, H, W], got {list(batch.shape)}; "
-                "add a batch dimension with x[None] if it is one image"
-            )
-        program = self._programs().root
-        refused = [name for name in kwargs if name in program.fixed] + program.fixed_beyond(len(args))
-        if refused:
-            raise ValueError(
-                f"ACSModel.forward: {refused[0]} was fixed at its default {program.fixed[refused[0]]!r} "
-                "when the network was converted; leave it out"
-            )
-        expected = self._input_channels(program.input_readers)
-        if expected is not None and batch.shape[1] != expected:
-            raise ValueError(
-                f"ACSModel.forward: the input must have {expected} channels, got {batch.shape[1]} "
-                f"in {list(batch.shape)}"
-            )
-        return batch
-
-    def _input_channels(self, readers: tuple[str, ...]) -> int | None:
-        modules = [self.get_submodule(name) for name in readers]
-        return next((module.in_channels for module in modules if isinstance(module, nn.Conv2d)), None)
 
     @property
     def logit_threshold(self) -> float:
@@ -375,7 +325,7 @@ class ACSModel(AdoptedModule):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_caches": _Caches()}
+        return {**vars(self), "_caches": Caches()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -388,38 +338,7 @@ class ACSModel(AdoptedModule):
         return f"mode={self._mode}, gate={self.config.gate}, spans={len(report.gated) if report else 0}"
 
 
-class _ModeGuard:
-    """What `set_mode` returns: entering keeps the new mode, leaving restores the earlier one."""
-
-    def __init__(self, model: ACSModel, earlier: str, chosen: str) -> None:
-        self._model = model
-        self._earlier = earlier
-        self._chosen = chosen
-
-    def __enter__(self) -> ACSModel:
-        return self._model
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        # A call inside the block, to train() say, came later and wins.
-        if self._model.mode == self._chosen:
-            self._model.set_mode(self._earlier)
-
-
 def _per_channel(mask: Tensor, features: Tensor) -> Tensor:
     """[N, groups] -> [N, C, 1, 1]."""
     groups, channels = mask.shape[1], features.shape[1]
     return mask[:, :, None].expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
-
-
-def _refuse_clashes(source: nn.Module) -> None:
-    own = {name for name in dir(ACSModel) if name not in dir(nn.Module)}
-    own |= {"config", "report", *ADDED_CHILDREN}
-    names = {*source._modules, *source._parameters, *source._buffers}
-    clashes = sorted(names & own)
-    if clashes:
-        raise ValueError(
-            f"convert_model: {type(source).__name__} has {', '.join(map(repr, clashes))}, "
-            "a name that ACSModel needs for itself; rename it in the network"
-        )
