@@ -26,7 +26,10 @@ def save_model(model: ACSModel, path: str | os.PathLike[str]) -> None:
     An existing file is replaced only by a complete one. Raises TypeError for anything but an ACSModel.
     """
     if not isinstance(model, ACSModel):
-        raise TypeError(f"save_model: expected an ACSModel, got {type(model).__name__}; convert it first")
+        raise TypeError(
+            f"save_model: expected an ACSModel, got {type(model).__name__}; "
+            "convert it first, and pass the model itself, not its compiled form"
+        )
     metadata = {
         "format": _FORMAT,
         "config": model.config.to_json(),
@@ -36,6 +39,8 @@ def save_model(model: ACSModel, path: str | os.PathLike[str]) -> None:
     # One tensor a name: the format refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save_model: no folder {path.parent}; make it first")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:

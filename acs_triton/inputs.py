@@ -14,7 +14,8 @@ def check_input(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
     """The first tensor among the arguments of a forward, which must be [N, C, H, W] with the right C."""
     batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if batch is None:
-        raise TypeError("ACSModel.forward: expected a tensor [N, C, H, W] as the first input, got none")
+        got = type(args[0]).__name__ if args else "nothing"
+        raise TypeError(f"ACSModel.forward: the first input must be a tensor [N, C, H, W], got {got}")
     if batch.ndim != 4:
         raise ValueError(
             f"ACSModel.forward: the input must be 4-D [N, C, H, W], got {list(batch.shape)}; "

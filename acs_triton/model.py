@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -230,6 +231,7 @@ class ACSModel(AdoptedModule):
 
     def densities(self) -> dict[str, float]:
         """Mean density of each span in the last forward. RuntimeError before any forward."""
+        self._recorded("densities")
         return {name: mask.float().mean().item() for name, mask in self.masks().items()}
 
     def _recorded(self, function: str) -> dict[str, Tensor | ActiveChannels]:
@@ -283,7 +285,7 @@ class ACSModel(AdoptedModule):
     def _ensure_lowered(self) -> None:
         caches = self._caches
         if caches.lowered is None or caches.stale or caches.lowered.sources.changed():
-            caches.lowered = lower.lower(self, self._programs(), caches.lowered)
+            caches.lowered = _untraced(lower.lower, self, self._programs(), caches.lowered)
             caches.stale = False
             watch_optimizers(self)
 
@@ -305,7 +307,7 @@ class ACSModel(AdoptedModule):
         return self._build_programs() if programs is None else programs
 
     def _build_programs(self) -> Programs:
-        programs = build_programs(self, self.config)
+        programs = _untraced(build_programs, self, self.config)
         known = getattr(self, "report", None)
         if known is not None and known.gated != programs.report.gated:
             raise RuntimeError(
@@ -342,3 +344,11 @@ def _per_channel(mask: Tensor, features: Tensor) -> Tensor:
     """[N, groups] -> [N, C, 1, 1]."""
     groups, channels = mask.shape[1], features.shape[1]
     return mask[:, :, None].expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
+
+
+def _untraced(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what torch.compile cannot trace: where it breaks a graph, it would go on into tracing and lowering."""
+    # Importing dynamo takes a second, and where nobody did, nothing is compiled.
+    if "torch._dynamo" in sys.modules:
+        function = torch.compiler.disable(function)
+    return function(*arguments)

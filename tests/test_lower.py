@@ -146,6 +146,13 @@ def test_compiled_code_does_not_outlive_a_span_that_broke() -> None:
             compiled(x)
 
 
+def test_compiling_before_lowering_works_where_graphs_may_break() -> None:
+    _, model = converted(adds_in_place_to_the_branch)
+    expected = outputs(copy.deepcopy(model), images(), "hard")
+    with torch.no_grad():
+        assert_same_output(torch.compile(model, backend="eager")(images()), expected)
+
+
 def test_copies_and_unconvert_work_on_a_network_that_was_changed() -> None:
     _, model = converted(adds_in_place_to_the_branch)
     model.first.register_forward_hook(doubled)
