@@ -16,7 +16,7 @@ from torch import Tensor
 from . import cpu, groups, onednn, ops
 from ._checks import prepare
 from .gates import full_precision
-from .ops import ActiveChannels
+from .ops import ActiveChannels, run_direct
 
 if TYPE_CHECKING:
     from .model import ACSModel
@@ -44,7 +44,7 @@ def conv(
     if residual is not None and not _is_result_like(residual, x, weight, geometry):
         alone = conv(x, weight, bias, in_active, out_active, None, geometry, "none")
         return onednn.activate_(alone + residual, activation)
-    if _direct(x):
+    if run_direct(x):
         if in_active is None and out_active is None:
             x = x.contiguous(memory_format=torch.channels_last)
             return onednn.convolve(x, weight, bias, *geometry, 1, residual, activation, keep=True)
@@ -63,7 +63,7 @@ def produce_groups(
 ) -> Tensor | groups.Runs:
     """`conv` with active outputs, for consumers that call `consume_groups`."""
     stride, padding, dilation = geometry
-    if _direct(x) and groups.can_run(x, weight) and int(out_active.count[0]):
+    if run_direct(x) and groups.can_run(x, weight) and int(out_active.count[0]):
         return groups.produce(x, weight, bias, out_active, stride, padding, dilation, activation)
     return conv(x, weight, bias, None, out_active, None, geometry, activation)
 
@@ -104,7 +104,7 @@ def depthwise(
     stride, padding, dilation = geometry
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
-    if _direct(x):
+    if run_direct(x):
         return cpu.gated_depthwise_conv2d(
             x, weight, bias, active=active, stride=stride, padding=padding, dilation=dilation,
             activation=activation, tight=True,
@@ -116,7 +116,7 @@ def depthwise(
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor, active: ActiveChannels, activation: str) -> Tensor:
     """activation(x * scale + shift) on a compact tensor; columns beyond the count become zeros again."""
-    if _direct(x):
+    if run_direct(x):
         return cpu.gated_affine(x, scale, shift, active=active, activation=activation, tight=True)
     return ops.gated_affine(x, scale, shift, active=active, activation=activation)
 
@@ -133,7 +133,7 @@ def pooled_gate(
     """PooledGate with its decision: x [N, C, H, W], dense or compact, to the active channels of each span."""
     with full_precision(x):
         pooled = x.mean((2, 3), dtype=torch.float32)
-        if _direct(x):
+        if run_direct(x):
             active = cpu.gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=model.threshold)
         else:
             active = ops.gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=model.threshold)
@@ -196,11 +196,7 @@ def _windows(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def compact(keep: Tensor, channels: int, granularity: int) -> ActiveChannels:
     """Group decisions, bool [N, groups], as active channels."""
-    if _direct(keep):
+    if run_direct(keep):
         return cpu.compact_groups(keep, channels, granularity)
     mask = keep[:, :, None].expand(-1, -1, granularity).reshape(-1, channels)
     return ops.compact_channels(mask, granularity)
-
-
-def _direct(x: Tensor) -> bool:
-    return ops.run_direct(x)
