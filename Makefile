@@ -6,6 +6,9 @@ DEMO_ARGS ?=
 BENCH_JSON ?= build/benchmark.json
 
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+# A process of its own: nothing compiles ahead of time where kernels are interpreted.
+PYTEST_KERNELS := ACS_TRITON_BACKEND=triton $(PYTEST) tests/kernels
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .PHONY: demo test test-slow test-all lint bench clean
@@ -15,13 +18,17 @@ demo: .venv/.installed-demo
 	$(BIN)/acs-triton demo $(DEMO_ARGS)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST_KERNELS) -m "not slow" $(PYTEST_ARGS)
 
+# pytest exits with 5 where no test is slow.
 test-slow: .venv/.installed-test
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS) || test $$? -eq 5
+	$(PYTEST_KERNELS) -m slow $(PYTEST_ARGS) || test $$? -eq 5
 
 test-all: .venv/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST_KERNELS) $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check
@@ -31,7 +38,7 @@ lint: .venv/.installed-dev
 # A benchmark may tune and compile for longer than any test should take.
 bench: .venv/.installed-bench
 	mkdir -p $(dir $(BENCH_JSON))
-	$(BIN)/python -m pytest bench -o timeout=0 --benchmark-only --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
+	$(PYTEST) bench -o timeout=0 --benchmark-only --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,13 +1,21 @@
+import os
+
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+# Interpreting kernels and compiling them ahead of time do not work in one process.
+INTERPRETS = os.environ.get("ACS_TRITON_BACKEND") == "triton" or os.environ.get("TRITON_INTERPRET") == "1"
 
-collect_ignore = [] if HAS_GPU else ["gpu"]
+# "kernels/*": also where the command line names tests/kernels.
+collect_ignore_glob = ["test_*.py", "gpu"] if INTERPRETS else ["kernels/*"] if HAS_GPU else ["kernels/*", "gpu"]
 
 
 def pytest_report_header() -> str:
-    return "tests/gpu: collected" if HAS_GPU else "tests/gpu: left out, PyTorch sees no GPU"
+    if INTERPRETS:
+        return "tests/kernels alone: kernels run in Triton's interpreter"
+    gpu = "collected" if HAS_GPU else "left out, PyTorch sees no GPU"
+    return f"tests/gpu: {gpu}; tests/kernels: left out, set ACS_TRITON_BACKEND=triton to run them and nothing else"
 
 
 @pytest.fixture(autouse=True)
