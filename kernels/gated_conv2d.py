@@ -1,25 +1,169 @@
-"""Convolution over the active input channels into the active output channels, as an implicit matrix product."""
+"""Convolution over the active input channels into the active output channels, as an implicit matrix product.
+
+Rows are output pixels of one sample, columns output channels; the sum runs over taps and input channels. One source
+serves four forms: a side is gated where it has an active list.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import gcd
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..reference.compact_channels import CHANNEL_BLOCK, ActiveChannels, padded_channels
+from ..reference.gated_conv2d import pair, sides
 from .epilogue import activate
+from .launch import ConvTile, chip_of, conv_tile, launch
+from .packing import is_k_major, kernel_size, pack_conv, vector_length
 
-CHANNEL_BLOCK = 64
 POOL_ROWS = 64
+"""Pixels that one row of column sums covers; the height of every tile is a multiple or covers the map."""
+_PADDING: tl.constexpr = tl.constexpr(CHANNEL_BLOCK)
+_POOL_ROWS: tl.constexpr = tl.constexpr(POOL_ROWS)
+
+
+class Geometry(NamedTuple):
+    """Stride (h, w), padding (left, right, top, bottom), dilation (h, w)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_active: ActiveChannels | None = None,
+    out_active: ActiveChannels | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    activation: str = "none",
+) -> Tensor:
+    """See reference.gated_conv2d. float16, bfloat16 or float32; TypeError for another dtype."""
+    packed = pack_conv(weight, in_gated=in_active is not None, out_gated=out_active is not None)
+    geometry = Geometry(pair(stride), sides(padding), pair(dilation))
+    channels = (weight.shape[1], weight.shape[0])
+    return run_conv(x, packed, bias, residual, channels, in_active, out_active, geometry, activation)[0]
+
+
+def run_conv(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    channels: tuple[int, int],
+    in_active: ActiveChannels | None,
+    out_active: ActiveChannels | None,
+    geometry: Geometry,
+    activation: str,
+    pooled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`gated_conv2d` with a weight from `pack_conv`, and the column sums if `pooled`.
+
+    channels: (C_in, C_out). x may have another dtype than the weight, which is the result's: it is converted on load.
+    """
+    in_gated, out_gated = in_active is not None, out_active is not None
+    (c_in, c_out), (kernel_h, kernel_w) = channels, kernel_size(packed, in_gated=in_gated, out_gated=out_gated)
+    (stride_h, stride_w), (left, right, top, bottom), (dilation_h, dilation_w) = geometry
+    samples, in_width, height, width = x.shape
+    out_h = (height + top + bottom - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    out_w = (width + left + right - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    out_width = padded_channels(c_out) if out_gated else c_out
+    pixels = out_h * out_w
+    _check(x, packed, height * width * in_width, pixels * out_width)
+    precision = conv_precision()
+    tile = conv_tile(
+        pixels=pixels, samples=samples, c_in=c_in, c_out=c_out, taps=kernel_h * kernel_w, in_gated=in_gated,
+        out_gated=out_gated, element_size=packed.element_size(), precision=precision, chip=chip_of(x.device),
+    )  # fmt: skip
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (samples, out_width, out_h, out_w), dtype=packed.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    sums = workspace = None
+    if pooled:
+        sums = torch.empty((samples, -(-pixels // POOL_ROWS), out_width), dtype=torch.float32, device=x.device)
+    if tile.split > 1:
+        workspace = torch.empty((samples, tile.split, pixels, out_width), dtype=torch.float32, device=x.device)
+    out_index, out_count = out_active[:2] if out_active is not None else (None, None)
+    result = dict(
+        bias_ptr=bias, residual_ptr=residual, out_ptr=out, sums_ptr=sums, workspace_ptr=workspace,
+        out_index_ptr=out_index, out_count_ptr=out_count, PIXELS=pixels, C_OUT=c_out, OUT_WIDTH=out_width,
+        ACTIVATION=activation, SPLIT=tile.split,
+    )  # fmt: skip
+    programs = samples * -(-pixels // tile.block_m) * -(-out_width // tile.block_n) * tile.split
+    launch(
+        conv_kernel, programs,
+        dict(
+            x_ptr=x, weight_ptr=packed, in_index_ptr=None if in_active is None else in_active.index,
+            in_count_ptr=None if in_active is None else in_active.count, **result,
+            H=height, W=width, C_IN=c_in, IN_WIDTH=in_width, OUT_W=out_w,
+            KERNEL_H=kernel_h, KERNEL_W=kernel_w, STRIDE_H=stride_h, STRIDE_W=stride_w, PAD_TOP=top, PAD_LEFT=left,
+            PADDED=max(left, right, top, bottom) > 0, DILATION_H=dilation_h, DILATION_W=dilation_w,
+            K_MAJOR=is_k_major(packed.dtype, in_gated=in_gated, out_gated=out_gated), WEIGHT_ROW=packed.shape[3],
+            # Adjacent channels that one vector of the weight holds where columns are gathered.
+            RUN=1 if in_active is None else gcd(in_active.granularity, vector_length(packed.dtype)),
+            PRECISION=precision, SWAPPED=tile.swapped,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        ),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if tile.split > 1:
+        _add_splits(result, samples, tile)
+    return out, sums
+
+
+def conv_precision() -> str:
+    """ "tf32" or "ieee": what PyTorch itself does to float32 operands of a convolution on a GPU."""
+    if torch.version.hip:
+        return "ieee"
+    setting = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)  # since PyTorch 2.9
+    if setting is not None:
+        return "ieee" if setting == "ieee" else "tf32"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def _add_splits(result: dict[str, object], samples: int, tile: ConvTile) -> None:
+    block_m = min(tile.block_m, POOL_ROWS)
+    block_n = 32  # small maps have few tiles: narrow ones keep more of the chip at work
+    tiles = -(-int(result["PIXELS"]) // block_m) * -(-int(result["OUT_WIDTH"]) // block_n)  # type: ignore[call-overload]
+    launch(split_kernel, samples * tiles, {**result, "BLOCK_M": block_m, "BLOCK_N": block_n}, num_stages=1)
+
+
+def _check(x: Tensor, packed: Tensor, in_elements: int, out_elements: int) -> None:
+    if packed.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(
+            f"gated_conv2d: the Triton kernels compute in float16, bfloat16 or float32, got {packed.dtype}; "
+            "use hard mode (eval_mode='hard')"
+        )
+    if max(in_elements, out_elements, packed.numel()) >= 1 << 31:
+        raise ValueError(
+            "gated_conv2d: x, the result (of one sample) and weight must each have fewer than 2**31 elements, "
+            f"got {in_elements}, {out_elements} and {packed.numel()}; cut the image into tiles"
+        )
 
 
 @triton.jit
 def _finish(
-    acc, sample, offs_m, offs_n, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
-    PIXELS: tl.constexpr, C_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, sample, first_row, first_column, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
+    PIXELS: tl.constexpr, C_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Bias, residual, activation; store the tile [BLOCK_M, BLOCK_N] of one sample, and its column sums."""
+    offs_m, offs_n = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     stored = offs_n < OUT_WIDTH
-    if OUT_GATED:
+    if out_index_ptr is not None:
         channel = tl.load(out_index_ptr + sample * OUT_WIDTH + offs_n, mask=stored, other=C_OUT)
     else:
         channel = offs_n
@@ -32,17 +176,17 @@ def _finish(
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + sample_start + offsets, mask=inside, other=0.0).to(tl.float32)
     y = activate(acc, ACTIVATION)
-    if OUT_GATED:
+    if out_index_ptr is not None:
         # Zeros even where x held an infinity: 0 * inf is not 0.
         y = tl.where(real[None, :], y, 0.0)
     y = y.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + sample_start + offsets, y, mask=inside)
     if sums_ptr is not None:
-        PARTS: tl.constexpr = (BLOCK_M + 63) // 64
-        TILES: tl.constexpr = (PIXELS + 63) // 64
+        PARTS: tl.constexpr = (BLOCK_M + _POOL_ROWS - 1) // _POOL_ROWS
+        TILES: tl.constexpr = (PIXELS + _POOL_ROWS - 1) // _POOL_ROWS
         kept = tl.where((offs_m < PIXELS)[:, None], y.to(tl.float32), 0.0)
         sums = tl.sum(tl.reshape(kept, [PARTS, BLOCK_M // PARTS, BLOCK_N]), axis=1)
-        tile = tl.min(offs_m, axis=0) // 64 + tl.arange(0, PARTS)
+        tile = first_row // _POOL_ROWS + tl.arange(0, PARTS)
         places = (sample.to(tl.int64) * TILES + tile)[:, None] * OUT_WIDTH + offs_n[None, :]
         tl.store(sums_ptr + places, sums, mask=(tile < TILES)[:, None] & stored[None, :])
 
@@ -52,17 +196,17 @@ def conv_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, sums_ptr, workspace_ptr,
     in_index_ptr, in_count_ptr, out_index_ptr, out_count_ptr,
     H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, IN_WIDTH: tl.constexpr,
-    OUT_H: tl.constexpr, OUT_W: tl.constexpr, C_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr, OUT_W: tl.constexpr, C_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_LEFT: tl.constexpr, PAD_TOP: tl.constexpr, PADDED: tl.constexpr,
+    PAD_TOP: tl.constexpr, PAD_LEFT: tl.constexpr, PADDED: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    K_MAJOR: tl.constexpr, WEIGHT_ROW: tl.constexpr, RUN: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+    K_MAJOR: tl.constexpr, WEIGHT_ROW: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SWAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """One tile [BLOCK_M pixels, BLOCK_N channels] of one sample, or one of SPLIT shares of its sum."""
     IN_GATED: tl.constexpr = in_index_ptr is not None
     OUT_GATED: tl.constexpr = out_index_ptr is not None
-    PIXELS: tl.constexpr = OUT_H * OUT_W
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     M_TILES: tl.constexpr = (PIXELS + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (OUT_WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -80,7 +224,7 @@ def conv_kernel(
     steps = k_blocks * TAPS
     if OUT_GATED:
         out_count = tl.load(out_count_ptr + sample)
-        if pid_n * BLOCK_N >= tl.cdiv(out_count, 64) * 64:
+        if pid_n * BLOCK_N >= tl.cdiv(out_count, _PADDING) * _PADDING:
             return
         steps = tl.where(pid_n * BLOCK_N < out_count, steps, 0)
     first = 0
@@ -103,7 +247,7 @@ def conv_kernel(
     else:
         w_columns = weight_ptr + offs_n
 
-    if SWAP:
+    if SWAPPED:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -140,11 +284,11 @@ def conv_kernel(
             else:
                 w = tl.load(w_ptrs)
         x = x.to(weight_ptr.dtype.element_ty)
-        if SWAP:
+        if SWAPPED:
             acc = tl.dot(tl.trans(w), tl.trans(x), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    if SWAP:
+    if SWAPPED:
         acc = tl.trans(acc)
     if SPLIT > 1:
         rows = (sample.to(tl.int64) * SPLIT + split) * PIXELS + offs_m
@@ -152,6 +296,34 @@ def conv_kernel(
         tl.store(workspace_ptr + places, acc, mask=(offs_m < PIXELS)[:, None] & (offs_n < OUT_WIDTH)[None, :])
     else:
         _finish(
-            acc, sample, offs_m, offs_n, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
-            PIXELS, C_OUT, OUT_WIDTH, OUT_GATED, ACTIVATION, BLOCK_M, BLOCK_N,
+            acc, sample, pid_m * BLOCK_M, pid_n * BLOCK_N, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
+            PIXELS, C_OUT, OUT_WIDTH, ACTIVATION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+
+
+@triton.jit
+def split_kernel(
+    workspace_ptr, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr, out_count_ptr,
+    PIXELS: tl.constexpr, C_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the shares of one tile, always in the same order."""
+    M_TILES: tl.constexpr = (PIXELS + BLOCK_M - 1) // BLOCK_M
+    N_TILES: tl.constexpr = (OUT_WIDTH + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    pid_n = pid % N_TILES
+    pid_m = pid // N_TILES % M_TILES
+    sample = pid // (N_TILES * M_TILES)
+    if out_count_ptr is not None:
+        if pid_n * BLOCK_N >= tl.cdiv(tl.load(out_count_ptr + sample), _PADDING) * _PADDING:
+            return
+    offs_m, offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (offs_m < PIXELS)[:, None] & (offs_n < OUT_WIDTH)[None, :]
+    places = sample.to(tl.int64) * (SPLIT * PIXELS * OUT_WIDTH) + offs_m[:, None] * OUT_WIDTH + offs_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for split in tl.static_range(SPLIT):
+        acc += tl.load(workspace_ptr + places + split * (PIXELS * OUT_WIDTH), mask=inside, other=0.0)
+    _finish(
+        acc, sample, pid_m * BLOCK_M, pid_n * BLOCK_N, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
+        PIXELS, C_OUT, OUT_WIDTH, ACTIVATION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
