@@ -8,6 +8,7 @@ holds its counts. Nothing here checks arguments; `acs_triton.ops` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from .onednn import activate_
 from .reference.compact_channels import ActiveChannels, padded_channels
 from .reference.gate_head import Head, logit_threshold
 from .reference.gated_conv2d import output_size, pair, sides
+from .reference.gated_conv2d_pooled import POOL_ROWS
+from .windows import window_means
 
 Run = tuple[list[int], list[int]]
 """Samples whose active lists are all equal, and the length of each of those lists."""
@@ -74,6 +77,13 @@ def gated_conv2d(
     runs = _runs(x.shape[0], actives)
     width = c_out if out_active is None else _width(runs, c_out, tight)
     return _each(runs, run, x, width, lambda: output_size(x, weight, stride, padding, dilation))
+
+
+def gated_conv2d_pooled(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """See reference.gated_conv2d_pooled; the options are those of `gated_conv2d`."""
+    y = gated_conv2d(x, weight, bias, **options)
+    pixels = y.flatten(2).to(torch.promote_types(y.dtype, torch.float32))
+    return y, torch.stack([part.sum(2) for part in pixels.split(POOL_ROWS, dim=2)], dim=1)
 
 
 def gated_depthwise_conv2d(
@@ -134,13 +144,18 @@ def gate_head(
     *,
     in_active: ActiveChannels | None = None,
     threshold: float = 0.5,
+    pixels: int = 1,
 ) -> tuple[ActiveChannels, ...]:
     """See reference.gate_head. `w1` stored with C_in outermost gathers fastest."""
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
-            return gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=threshold)
+            return gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=threshold, pixels=pixels)
     dtype = torch.promote_types(pooled.dtype, torch.float32)
     pooled, w1, b1 = pooled.to(dtype), w1.to(dtype), b1.to(dtype)
+    if pooled.dim() == 3:
+        pooled = pooled.sum(1)
+    if pixels != 1:
+        pooled = pooled / pixels
     if in_active is None:
         hidden = torch.addmm(b1, pooled, w1.t())
     else:
@@ -152,10 +167,24 @@ def gate_head(
             else:
                 hidden[samples] = torch.addmm(b1, pooled[samples, :count], kept)
     hidden.relu_()
-    cut = logit_threshold(threshold)
+    return _decide(hidden, heads, threshold)
+
+
+def conv_gate_head(hidden: Tensor, heads: Sequence[Head], *, threshold: float = 0.5) -> tuple[ActiveChannels, ...]:
+    """See reference.conv_gate_head."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return conv_gate_head(hidden, heads, threshold=threshold)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return _decide(window_means(hidden.to(dtype)), heads, threshold)
+
+
+def _decide(features: Tensor, heads: Sequence[Head], threshold: float) -> tuple[ActiveChannels, ...]:
+    """The last linear layer of each head, the threshold and the compaction."""
+    cut, dtype = logit_threshold(threshold), features.dtype
     decisions = []
-    for w2, b2, channels, granularity in heads:
-        logits = torch.addmm(b2.to(dtype), hidden, w2.to(dtype).t())
+    for weight, bias, channels, granularity in heads:
+        logits = torch.addmm(bias.to(dtype), features, weight.to(dtype).t())
         decisions.append(compact_groups(logits > cut, channels, granularity))
     return tuple(decisions)
 

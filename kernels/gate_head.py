@@ -1,4 +1,4 @@
-"""The tail of a gate in one launch: two linear layers, a threshold and the compaction, a program per sample and head."""
+"""The tail of a gate in one launch: two linear layers, threshold and compaction, a program per sample and head."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from .launch import launch
 TILE = 8192
 """Weights that one program multiplies at a time: 32 registers a thread, eight 16-byte loads in flight."""
 TILE_WARPS = 8
+WIDE = 256
+"""Hidden units beyond which 8 warps spill on sm_90, by 8 bytes; 16 do not."""
 ALIGNMENT = 64
 """Ints between the starts of results: more than the 16 bytes that wide loads need."""
 
@@ -160,7 +162,7 @@ def gate_head_packed(
 ) -> tuple[ActiveChannels, ...]:
     """Decide the active channels of one or more spans, in one launch; see reference.gate_head for the equation.
 
-    pooled: [N, C_in], or sums [N, tiles, C_in]; C_in is C_pad when `in_active` is given, whose count bounds what is read.
+    pooled: [N, C_in], or sums [N, tiles, C_in]; C_pad wide when `in_active` is given, whose count bounds what is read.
     w1: [hidden, C_in], copied unless stored as `pack_reduce` does; b1: [hidden]; any mix of fp32, fp16 and bf16.
     Computes in fp32. The results are views of one buffer. Raises TypeError for float64.
     """
@@ -173,9 +175,9 @@ def gate_head_packed(
     arguments = {
         "pooled_ptr": pooled.contiguous(),
         "w1_ptr": w1.t().contiguous(),
-        "b1_ptr": b1,
-        "in_index_ptr": None if in_active is None else in_active.index,
-        "in_count_ptr": None if in_active is None else in_active.count,
+        "b1_ptr": b1.contiguous(),
+        "in_index_ptr": None if in_active is None else in_active.index.contiguous(),
+        "in_count_ptr": None if in_active is None else in_active.count.contiguous(),
         "C_IN": c_in,
         "IN_WIDTH": width,
         "INDEX_WIDTH": padded_channels(c_in),
@@ -186,11 +188,18 @@ def gate_head_packed(
         "BLOCK_K": block_k,
         "BLOCK_T": min(triton.next_power_of_2(tiles), max(TILE // block_k, 1)),
     }
-    return launch_heads(gate_head_kernel, samples, packed, block_h, threshold, arguments)
+    num_warps = TILE_WARPS if hidden <= WIDE else 2 * TILE_WARPS
+    return launch_heads(gate_head_kernel, samples, packed, block_h, threshold, arguments, num_warps)
 
 
 def launch_heads(
-    kernel: Any, samples: int, packed: PackedHeads, features: int, threshold: float, arguments: Mapping[str, Any]
+    kernel: Any,
+    samples: int,
+    packed: PackedHeads,
+    features: int,
+    threshold: float,
+    arguments: Mapping[str, Any],
+    num_warps: int = TILE_WARPS,
 ) -> tuple[ActiveChannels, ...]:
     """Start a kernel that ends in `decide`, with a program for each sample and head, and split its result.
 
@@ -212,7 +221,7 @@ def launch_heads(
         "BLOCK": block,
         "RUN": run,
     }
-    launch(kernel, samples * len(widths), {**arguments, **decided}, num_warps=TILE_WARPS)
+    launch(kernel, samples * len(widths), {**arguments, **decided}, num_warps=num_warps)
     results, start = [], len(widths) * counts_width
     for head, (width, (_, granularity)) in enumerate(zip(widths, packed.sizes, strict=True)):
         index = out[start : start + samples * width].view(samples, width)

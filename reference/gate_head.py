@@ -29,21 +29,24 @@ def gate_head(
     *,
     in_active: ActiveChannels | None = None,
     threshold: float = 0.5,
+    pixels: int = 1,
 ) -> tuple[ActiveChannels, ...]:
     """Decide the active channels of one or more spans.
 
-        logits = w2 @ relu(w1 @ pooled + b1) + b2;  a group is active where sigmoid(logit) > threshold
+        mean = sum over tiles of pooled / pixels
+        logits = w2 @ relu(w1 @ mean + b1) + b2;  a group is active where sigmoid(logit) > threshold
 
-    pooled: [N, C_in], or compact [N, C_pad] when `in_active` is given; w1: [hidden, C_in]; b1: [hidden].
+    pooled: [N, C_in] (one tile), or sums of parts of the map, [N, tiles, C_in]; compact, C_pad wide, when `in_active`
+    is given: then columns at or beyond the count are not read. w1: [hidden, C_in]; b1: [hidden].
     heads: (w2 [groups, hidden], b2 [groups], channels, granularity) for each span.
     Computes in promote(pooled.dtype, float32). Returns one ActiveChannels for each head.
     """
     dtype = torch.promote_types(pooled.dtype, torch.float32)
+    pooled = (pooled.to(dtype).sum(1) if pooled.dim() == 3 else pooled.to(dtype)) / pixels
     hidden = pooled.new_empty(pooled.shape[0], w1.shape[0], dtype=dtype)
     for n in range(pooled.shape[0]):
         columns = active_list(in_active, n, w1.shape[1], pooled.device)
-        features = pooled[n, : len(columns)].to(dtype)
-        hidden[n] = (w1[:, columns].to(dtype) @ features + b1.to(dtype)).relu()
+        hidden[n] = (w1[:, columns].to(dtype) @ pooled[n, : len(columns)] + b1.to(dtype)).relu()
     decisions = []
     for w2, b2, _, granularity in heads:
         mask = hidden @ w2.to(dtype).t() + b2.to(dtype) > logit_threshold(threshold)
