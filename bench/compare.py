@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,18 +174,18 @@ def _gate_row(one: Gate, setting: Setting) -> Row:
 
 def _blocks(network: Network, rows: Mapping[Any, Row], gates: dict[Gate, Row], setting: Setting) -> tuple[Row, ...]:
     """Distinct blocks; none for a network whose every block is one convolution."""
-    parts: dict[str, tuple[list[Row], list[Row]]] = {}
+    layers_of: dict[str, list[Layer]] = {}
     for layer in network.layers:
-        parts.setdefault(layer.block, ([], []))[0].append(rows[layer.kind])
-    for one in network.gates:
-        parts[one.block][1].append(gates[one])
-    if all(len(inner) == 1 for inner, _ in parts.values()):
+        layers_of.setdefault(layer.block, []).append(layer)
+    if all(len(layers) == 1 for layers in layers_of.values()):
         return ()
-    sums = [_sum(name, inner, inner_gates, setting) for name, (inner, inner_gates) in parts.items()]
-    costs = [(row.detail, row.dense, row.own, tuple(row.gated.values())) for row in sums]
-    times = Counter(costs)
-    first = dict(zip(reversed(costs), reversed(sums), strict=True))
-    return tuple(dataclasses.replace(first[cost], times=count) for cost, count in times.items())
+    named: dict[Any, list[Row]] = {}
+    for name, layers in layers_of.items():
+        inside = [one for one in network.gates if one.block == name]
+        row = _sum(name, [rows[layer.kind] for layer in layers], [gates[one] for one in inside], setting)
+        kind = tuple(layer.kind for layer in layers), tuple((one.channels, one.heads) for one in inside)
+        named.setdefault(kind, []).append(row)
+    return tuple(dataclasses.replace(alike[0], times=len(alike)) for alike in named.values())
 
 
 def _sum(name: str, rows: Sequence[Row], gates: Sequence[Row], setting: Setting) -> Row:
