@@ -135,22 +135,37 @@ def check_mask(mask: Tensor, granularity: int) -> None:
 
 
 def check_gate(pooled: Tensor, w1: Tensor, b1: Tensor, heads: Sequence[Head], in_active: ActiveChannels | None) -> None:
-    if pooled.dim() != 2 or w1.dim() != 2:
+    if pooled.dim() not in (2, 3) or w1.dim() != 2:
         raise ValueError(
-            "gate_head: expected pooled [N, C_in] and w1 [hidden, C_in], "
+            "gate_head: expected pooled [N, C_in] or sums [N, tiles, C_in], and w1 [hidden, C_in], "
             f"got {tuple(pooled.shape)} and {tuple(w1.shape)}"
         )
     hidden, c_in = w1.shape
     if in_active is not None:
         check_active("gate_head", "in_active", in_active, pooled, c_in)
     width = c_in if in_active is None else padded_channels(c_in)
-    if pooled.shape[1] != width:
-        raise ValueError(f"gate_head: pooled must be [N, {width}] for w1 {hidden, c_in}, got {tuple(pooled.shape)}")
+    if pooled.shape[-1] != width:
+        raise ValueError(
+            f"gate_head: pooled must be [N, {width}] or [N, tiles, {width}] for w1 {hidden, c_in}, "
+            f"got {tuple(pooled.shape)}"
+        )
     check_vector("gate_head", "b1", b1, hidden)
-    for w2, b2, channels, granularity in heads:
-        if granularity < 1 or channels % granularity or w2.shape != (channels // granularity, hidden):
+    _check_heads("gate_head", "w2", heads, hidden)
+
+
+def check_conv_gate(hidden: Tensor, heads: Sequence[Head]) -> None:
+    if hidden.dim() != 4 or not hidden.is_floating_point():
+        raise ValueError(
+            f"conv_gate_head: hidden must be floating point [N, C, h, w], got {hidden.dtype} {tuple(hidden.shape)}"
+        )
+    _check_heads("conv_gate_head", "matrix", heads, 9 * hidden.shape[1])
+
+
+def _check_heads(function: str, argument: str, heads: Sequence[Head], features: int) -> None:
+    for weight, bias, channels, granularity in heads:
+        if granularity < 1 or channels % granularity or weight.shape != (channels // granularity, features):
             raise ValueError(
-                "gate_head: w2 must be [channels / granularity, hidden] = "
-                f"[{channels} / {granularity}, {hidden}], got {tuple(w2.shape)}"
+                f"{function}: {argument} must be [channels / granularity, {features}] with channels {channels} and "
+                f"granularity {granularity}, got {tuple(weight.shape)}"
             )
-        check_vector("gate_head", "b2", b2, w2.shape[0])
+        check_vector(function, "bias of a head", bias, weight.shape[0])

@@ -6,29 +6,18 @@ dense. Packed tensors belong to the `Lowered` result, never to the model's state
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx
 
-from . import groups, onednn, ops, sparse
-from .fold import (
-    Folded,
-    activation_name,
-    is_identity,
-    merged_convs,
-    norm_affine,
-    norm_parts,
-    window_matrix,
-)
-from .fusion import Fused, Fusion
-from .gates import ConvGate, PooledGate, projections
-from .program import Program, Programs
+from . import cpu, ops
+from .emit import Emitter
+from .emit_kernels import KernelEmitter
+from .program import Programs
 from .spans import check_spans
 from .staleness import Sources
 from .trace import compile_graph
@@ -55,11 +44,15 @@ class Lowered:
     """Sparse graphs by the part they run ("" for the network itself), and what they were made from.
 
     sources: what must be unchanged for the packed weights to be true.
+    implementation: the module of operators that the graphs are for.
+    dtype: what autocast computes in, where the weights are packed in that dtype; None without autocast.
     gate_macs: cache of `cost`, by input shape without the batch.
     """
 
     by_part: dict[str, LoweredPart]
     sources: Sources
+    implementation: ModuleType
+    dtype: torch.dtype | None = None
     gate_macs: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
@@ -70,29 +63,43 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lower
     that was compiled or captured with them sees the change.
     """
     device = next(model.parameters()).device
-    ops.implementation(device)  # raises where there is no sparse path
+    implementation, dtype = target(device)
     parts = {}
     for part, program in programs.by_part.items():
         check_spans(model, program.plan)
         # Never inference tensors: they could not be written again outside of inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            builder = _Builder(model, program)
-            builder.build()
-            parts[part] = _reuse(builder, None if earlier is None else earlier.by_part.get(part))
+            if implementation is cpu:
+                emitter = Emitter(model, program)
+            else:
+                emitter = KernelEmitter(model, program, implementation, dtype)
+            emitter.build()
+            parts[part] = _reuse(emitter, None if earlier is None else earlier.by_part.get(part))
     sources = Sources.of(model)
     if earlier is not None and all(parts[part] is known for part, known in earlier.by_part.items()):
-        earlier.sources = sources
+        earlier.sources, earlier.implementation, earlier.dtype = sources, implementation, dtype
         return earlier
-    return Lowered(parts, sources)
+    return Lowered(parts, sources, implementation, dtype)
 
 
-def _reuse(builder: _Builder, earlier: LoweredPart | None) -> LoweredPart:
-    code = str(builder.graph.python_code("self").src)
+def target(device: torch.device) -> tuple[ModuleType, torch.dtype | None]:
+    """What a graph for tensors of `device` must be made for, now: `implementation` and `dtype` of `Lowered`.
+
+    RuntimeError where there is no sparse path.
+    """
+    implementation = ops.implementation(device)
+    if implementation is cpu or not torch.is_autocast_enabled(device.type):
+        return implementation, None
+    return implementation, torch.get_autocast_dtype(device.type)
+
+
+def _reuse(emitter: Emitter, earlier: LoweredPart | None) -> LoweredPart:
+    code = str(emitter.graph.python_code("self").src)
     if earlier is None or code != str(earlier.graph.python_code("self").src):
-        return LoweredPart(builder.graph, compile_graph(builder.graph), builder.tensors)
-    if len(earlier.tensors) != len(builder.tensors) or not all(map(_alike, earlier.tensors, builder.tensors)):
-        return LoweredPart(builder.graph, earlier.forward, builder.tensors)
-    for old, new in zip(earlier.tensors, builder.tensors, strict=True):
+        return LoweredPart(emitter.graph, compile_graph(emitter.graph), emitter.tensors)
+    if len(earlier.tensors) != len(emitter.tensors) or not all(map(_alike, earlier.tensors, emitter.tensors)):
+        return LoweredPart(emitter.graph, earlier.forward, emitter.tensors)
+    for old, new in zip(earlier.tensors, emitter.tensors, strict=True):
         old.copy_(new)
     return earlier
 
@@ -100,195 +107,3 @@ def _reuse(builder: _Builder, earlier: LoweredPart | None) -> LoweredPart:
 def _alike(old: Tensor, new: Tensor) -> bool:
     same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
     return same and old.stride() == new.stride()
-
-
-class _Builder:
-    def __init__(self, model: ACSModel, program: Program) -> None:
-        self.model = model
-        self.program = program
-        self.graph = fx.Graph()
-        self.tensors: list[Tensor] = []
-        self._values: dict[fx.Node, fx.Node] = {}
-        self._active: dict[fx.Node, fx.Node] = {}
-        self._decisions: dict[str, fx.Node] = {}
-        self._producers = {node: name for name, node in program.plan.producer.items()}
-        self._span_of_body = {node: name for name, body in program.plan.body.items() for node in body}
-        inside_spans = {*self._producers, *self._span_of_body}
-        self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans)
-
-    def build(self) -> None:
-        self._in_groups = {name for name in self._producers.values() if self._runs_in_groups(name)}
-        for node in self.program.graph.nodes:
-            self._emit(node)
-        self.graph.lint()
-
-    def _runs_in_groups(self, name: str) -> bool:
-        """Whether a span can stay in runs of groups: nothing but its convolution's epilogue before its consumers."""
-        producer, last = self.program.plan.producer[name], self.program.plan.last(name)
-        fused = next(fused for node, fused in self._fusion.fused_at.values() if node is producer)
-        if self._fusion.skip_identity(last) is not fused.last or self._fusion.is_masked(producer.args[0]):
-            return False
-        if self.model.report.gated[name].granularity < groups.SMALLEST_GROUP:
-            return False
-        masked = next(node for node in last.users if node.target == "mask_features")
-        return all(reader in self._fusion.conv_nodes and reader not in self._producers for reader in masked.users)
-
-    def _emit(self, node: fx.Node) -> None:
-        if node in self._fusion.fused_at:
-            conv_node, fused = self._fusion.fused_at[node]
-            self._emit_conv(conv_node, fused)
-        elif node in self._fusion.swallowed or is_identity(self._fusion.module(node)):
-            return
-        elif node.op == "placeholder":
-            self._values[node] = self.graph.node_copy(node, self._value)
-            if node.target == "masker":
-                self._model_node = self._values[node]
-                self._tensors_node = self.graph.placeholder("tensors")
-        elif node.op == "call_method" and node.target == "mask_features":
-            _, features, _, name = node.args
-            self._values[node] = self._value(features)
-            self._active[node] = self._decisions[str(name)]
-        elif node.op == "call_module" and str(node.target).startswith("gates."):
-            self._emit_gate(node)
-        elif node.op == "call_function" and node.target is operator.getitem and self._is_gate(node.args[0]):
-            return
-        elif node in self._span_of_body:
-            self._emit_on_compact(node)
-        else:
-            self._values[node] = self.graph.node_copy(node, self._value)
-
-    def _emit_conv(self, conv_node: fx.Node, fused: Fused) -> None:
-        folded = fused.folded
-        source = conv_node.args[0]
-        span = self._span_of_body.get(conv_node)
-        bias = None if folded.bias is None else self._packed(folded.bias)
-        geometry = (folded.stride, folded.padding, folded.dilation)
-        if span is not None:
-            weight = self._packed(folded.weight)
-            arguments = (self._value(source), weight, bias, self._decisions[span], geometry, fused.activation)
-            self._values[fused.last] = self.graph.call_function(sparse.depthwise, arguments)
-            return
-        if folded.groups > 1:
-            self._values[fused.last] = self._grouped(source, folded, bias, fused.activation)
-            return
-        masked = self._fusion.skip_identity(source)
-        in_active = self._active.get(masked)
-        name = self._producers.get(conv_node)
-        out_active = None if name is None else self._decisions[name]
-        weight = self._packed(_storage(folded.weight, in_active is not None, out_active is not None))
-        residual = None if fused.residual is None else self._value(fused.residual)
-        x, end = self._value(source), (geometry, fused.activation)
-        if name is not None and name in self._in_groups:
-            value = self.graph.call_function(sparse.produce_groups, (x, weight, bias, out_active, *end))
-        elif in_active is not None and str(masked.args[3]) in self._in_groups:
-            value = self.graph.call_function(sparse.consume_groups, (x, weight, bias, in_active, residual, *end))
-        else:
-            value = self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end))
-        self._values[fused.last] = value
-
-    def _grouped(self, source: Any, folded: Folded, bias: fx.Node | None, activation: str) -> fx.Node:
-        weight = self._packed(folded.weight)
-        x = self._value(source)
-        arguments = (x, weight, bias, folded.stride, folded.padding, folded.dilation, folded.groups)
-        result = self.graph.call_function(F.conv2d, arguments)
-        if activation == "none":
-            return result
-        return self.graph.call_function(onednn.activate_, (result, activation))
-
-    def _emit_on_compact(self, node: fx.Node) -> None:
-        """An operation inside a span that no convolution swallowed."""
-        module = self._fusion.module(node)
-        x = self._value(node.args[0])
-        decision = self._decisions[self._span_of_body[node]]
-        if isinstance(module, _BatchNorm):
-            affine = norm_affine(module)
-            activations = norm_parts(module)
-            assert affine is not None  # spans only walk through norms with running statistics
-            arguments = (x, self._packed(affine.scale), self._packed(affine.shift), decision, activations or "none")
-            value = self.graph.call_function(sparse.affine, arguments)
-            if activations is None:
-                for name, child in module.named_children():
-                    if not is_identity(child):
-                        value = self.graph.call_module(f"{node.target}.{name}", (value,))
-                        value = self._cleared(value, decision, len(affine.scale))
-        else:
-            value = self.graph.node_copy(node, self._value)
-            name = self._span_of_body[node]
-            if activation_name(node, module) is None and _moves_zero(node, module):
-                value = self._cleared(value, decision, self.model.report.gated[name].channels)
-        self._values[node] = value
-
-    def _cleared(self, value: fx.Node, decision: fx.Node, channels: int) -> fx.Node:
-        """Zeros again in the columns that the contract wants zero, after an activation with f(0) != 0."""
-        like = next(self.model.parameters())
-        ones = self._packed(torch.ones(channels, dtype=like.dtype, device=like.device))
-        zeros = self._packed(torch.zeros(channels, dtype=like.dtype, device=like.device))
-        return self.graph.call_function(sparse.affine, (value, ones, zeros, decision, "none"))
-
-    def _emit_gate(self, node: fx.Node) -> None:
-        gate = self._fusion.module(node)
-        key = str(node.target).removeprefix("gates.")
-        spans = sorted((span.head, name) for name, span in self.model.report.gated.items() if span.gate == key)
-        names = [name for _, name in spans]
-        source = self._fusion.skip_identity(node.args[0])
-        common = (self._model_node, self._value(source), self._active.get(source))
-        gated = self.model.report.gated
-        start = len(self.graph.nodes)
-        if isinstance(gate, PooledGate):
-            heads = [
-                (self._packed(weight), self._packed(bias), gated[name].channels, gated[name].granularity)
-                for (weight, bias), name in zip(projections(gate), names, strict=True)
-            ]
-            w1, b1 = self._packed(gate.reduce.weight.float()), self._packed(gate.reduce.bias.float())
-            found = self.graph.call_function(sparse.pooled_gate, (*common, w1, b1, heads, names))
-        else:
-            assert isinstance(gate, ConvGate)  # GATE_CLASSES has two
-            norm = norm_affine(gate.bn)
-            assert norm is not None  # BatchNorm2d tracks its statistics by default
-            first = merged_convs(gate.reduce.weight, gate.conv1.masked_weight() * norm.scale[:, None, None, None])
-            tails = [
-                (
-                    self._packed(window_matrix(gate.conv2.masked_weight(), weight)),
-                    self._packed(bias),
-                    gated[name].channels,
-                    gated[name].granularity,
-                )
-                for (weight, bias), name in zip(projections(gate), names, strict=True)
-            ]
-            in_gated = self._active.get(source) is not None
-            weights = (self._packed(_storage(first, in_gated, False)), self._packed(norm.shift.float()))
-            found = self.graph.call_function(sparse.conv_gate, cast(Any, (*common, *weights, tails, names)))
-        for head, name in enumerate(names):
-            self._decisions[name] = self.graph.call_function(operator.getitem, (found, head))
-        for added in list(self.graph.nodes)[start:]:
-            added.meta["gate"] = key
-
-    def _is_gate(self, value: Any) -> bool:
-        return isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith("gates.")
-
-    def _value(self, value: Any) -> Any:
-        return self._values[self._fusion.skip_identity(value)] if isinstance(value, fx.Node) else value
-
-    def _packed(self, tensor: Tensor) -> fx.Node:
-        # A copy even where folding changed nothing: it must not follow the parameter half-way.
-        self.tensors.append(tensor.detach().clone())
-        return self.graph.call_function(operator.getitem, (self._tensors_node, len(self.tensors) - 1))
-
-
-def _storage(weight: Tensor, in_gated: bool, out_gated: bool) -> Tensor:
-    """The memory layout from which the active part is gathered fastest."""
-    if in_gated and not out_gated and weight.shape[2:] == (1, 1):
-        return weight.transpose(0, 1).contiguous().transpose(0, 1)
-    return weight.contiguous(memory_format=torch.channels_last)
-
-
-def _moves_zero(node: fx.Node, module: nn.Module | None) -> bool:
-    """True for an activation with f(0) != 0."""
-    zero = torch.zeros(1, 1, 1, 1)
-    if node.op == "call_module":
-        return isinstance(module, (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh)) and bool(
-            module(zero).item() != 0
-        )
-    if node.op == "call_function" and node.target in (F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.hardtanh):
-        return bool(cast(Callable[..., Tensor], node.target)(zero, *node.args[1:], **node.kwargs).item() != 0)
-    return node.op == "call_method" and node.target in ("sigmoid", "sigmoid_")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import cost, lower, ops, sparse
+from . import cost, lower, sparse
 from .adopt import AdoptedModule
 from .config import ACSConfig
 from .inputs import check_input, refuse_clashes
@@ -157,15 +157,16 @@ class ACSModel(AdoptedModule):
                 "ACSModel.forward: sparse mode builds no autograd graph, but an input requires grad; "
                 'use set_mode("hard") for gradients, or torch.no_grad()'
             )
-        ops.implementation(batch.device)  # raises where there is no sparse path
+        target = lower.target(batch.device)
         if not torch.compiler.is_compiling():
-            self._ensure_lowered()
-        if self._caches.lowered is None:
+            self._ensure_lowered(target)
+        lowered = self._caches.lowered
+        if lowered is None or lowered.implementation is not target[0] or lowered.dtype != target[1]:
             raise RuntimeError(
-                "ACSModel.forward: the model is not lowered, and compiled code cannot do it; "
-                "run one forward or `model.lower(x)` first"
+                "ACSModel.forward: the model is not lowered for this device and autocast state, and compiled code "
+                "cannot do it; run one forward or `model.lower(x)` first"
             )
-        root = self._caches.lowered.by_part[""]
+        root = lowered.by_part[""]
         with torch.no_grad():
             return root.forward(self, self, root.tensors, *args, **kwargs)
 
@@ -282,9 +283,15 @@ class ACSModel(AdoptedModule):
                 self(example_input)
         return self
 
-    def _ensure_lowered(self) -> None:
+    def _ensure_lowered(self, target: tuple[Any, Any] | None = None) -> None:
         caches = self._caches
-        if caches.lowered is None or caches.stale or caches.lowered.sources.changed():
+        lowered = caches.lowered
+        if (
+            lowered is None
+            or caches.stale
+            or (target is not None and (lowered.implementation, lowered.dtype) != target)
+            or lowered.sources.changed()
+        ):
             caches.lowered = _untraced(lower.lower, self, self._programs(), caches.lowered)
             caches.stale = False
             watch_optimizers(self)

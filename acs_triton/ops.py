@@ -7,20 +7,31 @@ They are for inference: there is no backward.
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
-from torch.utils.flop_counter import register_flop_formula
 
-from . import _flops, cpu
-from ._checks import check_active, check_conv, check_gate, check_input, check_mask, check_vector, prepare, refuse_grad
-from .reference.compact_channels import ActiveChannels, padded_channels
+from . import cpu
+from ._checks import (
+    check_active,
+    check_conv,
+    check_conv_gate,
+    check_gate,
+    check_input,
+    check_mask,
+    check_vector,
+    prepare,
+    refuse_grad,
+)
+from ._library import register_operators
+from .reference.compact_channels import ActiveChannels
 from .reference.gate_head import Head
 from .reference.gated_conv2d import output_size, pair, sides
 
@@ -36,23 +47,32 @@ def backend() -> str | None:
 
 
 def implementation(device: torch.device) -> ModuleType:
-    """The module whose functions run the operators on tensors of this device."""
+    """The module whose functions run the operators on tensors of this device. RuntimeError where there is none."""
     forced = backend()
     if device.type == "cpu" and forced != "triton":
         return cpu
-    if forced == "triton":
+    if forced == "torch" or device.type not in ("cpu", "cuda"):
+        reason = f" with ACS_TRITON_BACKEND={forced}" if forced else ""
         raise RuntimeError(
-            "ACS_TRITON_BACKEND=triton: the Triton kernels are not available yet in this version of acs_triton; "
-            "unset it for CPU tensors, or use hard mode (eval_mode='hard')"
+            f"acs_triton has no sparse path for {device.type} tensors{reason}; "
+            "move the model to the CPU or use hard mode (eval_mode='hard')"
         )
-    raise RuntimeError(
-        f"acs_triton has no sparse path for {device.type} tensors in this version; "
-        "move the model to the CPU or use hard mode (eval_mode='hard')"
-    )
+    # Looked up, not imported again: dynamo traces this line.
+    return sys.modules.get("acs_triton.kernels") or _import_kernels(device)
+
+
+def _import_kernels(device: torch.device) -> ModuleType:
+    try:
+        return importlib.import_module(".kernels", __package__)
+    except ImportError as error:
+        raise RuntimeError(
+            f"acs_triton runs {device.type} tensors with Triton, which cannot be imported ({error}); "
+            "install triton, or use hard mode (eval_mode='hard')"
+        ) from error
 
 
 def run_direct(tensor: Tensor) -> bool:
-    """Whether an operator may skip the dispatcher: a plain CPU tensor, nothing tracing or intercepting."""
+    """Whether an operator may skip the dispatcher: a plain tensor, nothing tracing or intercepting."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
@@ -60,7 +80,7 @@ def run_direct(tensor: Tensor) -> bool:
         and _len_torch_function_stack() == 0
         and peek_interpreter_stack() is None
         and _get_tracing_state() is None
-        and tensor.is_cpu
+        and (tensor.is_cpu or tensor.is_cuda)
     )
 
 
@@ -97,29 +117,78 @@ def gated_conv2d(
     Returns channels_last, dense or, when `out_active` is given, compact [N, C_pad, Ho, Wo].
     Raises ValueError or TypeError for a wrong argument, RuntimeError if an input requires grad.
     """
-    x, weight, bias, residual = prepare("gated_conv2d", x, weight, bias, residual)
-    check_conv(
-        "gated_conv2d", x, weight, bias, "in_active", in_active, weight.shape[1], stride, padding, dilation, activation
+    x, weight, bias, residual = _checked_conv(
+        "gated_conv2d", x, weight, bias, in_active, out_active, residual, stride, padding, dilation, activation
     )
-    if out_active is not None:
-        check_active("gated_conv2d", "out_active", out_active, x, weight.shape[0])
-    if residual is not None:
-        shape = (x.shape[0], weight.shape[0], *output_size(x, weight, stride, padding, dilation))
-        if out_active is not None:
-            raise ValueError("gated_conv2d: residual needs a dense result, got out_active too; add it where dense")
-        if residual.shape != shape:
-            raise ValueError(
-                f"gated_conv2d: residual must have the result's shape {shape}, got {tuple(residual.shape)}"
-            )
     if run_direct(x):
         return implementation(x.device).gated_conv2d(
             x, weight, bias, in_active=in_active, out_active=out_active, residual=residual,
             stride=stride, padding=padding, dilation=dilation, activation=activation,
         )  # fmt: skip
     return torch.ops.acs_triton.gated_conv2d(
-        x, weight, bias, *_flat(in_active), *_flat(out_active), residual,
+        x, weight, bias, *flat(in_active), *flat(out_active), residual,
         pair(stride), sides(padding), pair(dilation), activation,
     )  # fmt: skip
+
+
+def gated_conv2d_pooled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_active: ActiveChannels | None = None,
+    out_active: ActiveChannels | None = None,
+    residual: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """`gated_conv2d` and the column sums of its result; see reference.gated_conv2d_pooled for the equation.
+
+    Arguments, first result and errors as for `gated_conv2d`. The second result is float32 (float64 for float64)
+    [N, ceil(Ho * Wo / 64), C], C the width of the first: sums over 64 pixels, for `gate_head(..., pixels=Ho * Wo)`.
+    """
+    x, weight, bias, residual = _checked_conv(
+        "gated_conv2d_pooled", x, weight, bias, in_active, out_active, residual, stride, padding, dilation, activation
+    )
+    if run_direct(x):
+        return implementation(x.device).gated_conv2d_pooled(
+            x, weight, bias, in_active=in_active, out_active=out_active, residual=residual,
+            stride=stride, padding=padding, dilation=dilation, activation=activation,
+        )  # fmt: skip
+    return torch.ops.acs_triton.gated_conv2d_pooled(
+        x, weight, bias, *flat(in_active), *flat(out_active), residual,
+        pair(stride), sides(padding), pair(dilation), activation,
+    )  # fmt: skip
+
+
+def _checked_conv(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_active: ActiveChannels | None,
+    out_active: ActiveChannels | None,
+    residual: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    x, weight, bias, residual = prepare(function, x, weight, bias, residual)
+    check_conv(
+        function, x, weight, bias, "in_active", in_active, weight.shape[1], stride, padding, dilation, activation
+    )
+    if out_active is not None:
+        check_active(function, "out_active", out_active, x, weight.shape[0])
+    if residual is not None:
+        shape = (x.shape[0], weight.shape[0], *output_size(x, weight, stride, padding, dilation))
+        if out_active is not None:
+            raise ValueError(f"{function}: residual needs a dense result, got out_active too; add it where dense")
+        if residual.shape != shape:
+            raise ValueError(f"{function}: residual must have the result's shape {shape}, got {tuple(residual.shape)}")
+    return x, weight, bias, residual
 
 
 def gated_depthwise_conv2d(
@@ -149,7 +218,7 @@ def gated_depthwise_conv2d(
             x, weight, bias, active=active, stride=stride, padding=padding, dilation=dilation, activation=activation
         )
     return torch.ops.acs_triton.gated_depthwise_conv2d(
-        x, weight, bias, *_flat(active), pair(stride), sides(padding), pair(dilation), activation
+        x, weight, bias, *flat(active), pair(stride), sides(padding), pair(dilation), activation
     )
 
 
@@ -170,7 +239,7 @@ def gated_affine(
         check_vector("gated_affine", argument, value, scale.shape[0])
     if run_direct(x):
         return implementation(x.device).gated_affine(x, scale, shift, active=active, activation=activation)
-    return torch.ops.acs_triton.gated_affine(x, scale, shift, *_flat(active), activation)
+    return torch.ops.acs_triton.gated_affine(x, scale, shift, *flat(active), activation)
 
 
 def gate_head(
@@ -181,10 +250,12 @@ def gate_head(
     *,
     in_active: ActiveChannels | None = None,
     threshold: float = 0.5,
+    pixels: int = 1,
 ) -> tuple[ActiveChannels, ...]:
     """Decide the active channels of one or more spans; see reference.gate_head for the equation.
 
-    pooled: [N, C_in], or compact [N, C_pad] when `in_active` is given; w1: [hidden, C_in]; b1: [hidden];
+    pooled: [N, C_in], or compact [N, C_pad] when `in_active` is given, or sums [N, tiles, C] of that width, whose sum
+    over tiles divided by `pixels` is the pooled feature; w1: [hidden, C_in]; b1: [hidden];
     heads: (w2 [groups, hidden], b2 [groups], channels, granularity) for each span. At least float32, also in autocast.
     Returns one ActiveChannels for each head.
     Raises ValueError or TypeError for a wrong argument, RuntimeError if an input requires grad.
@@ -192,107 +263,45 @@ def gate_head(
     refuse_grad("gate_head", (pooled, w1, b1, *[tensor for head in heads for tensor in head[:2]]))
     check_gate(pooled, w1, b1, heads, in_active)
     if run_direct(pooled):
-        return implementation(pooled.device).gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=threshold)
-    w2s, b2s, channel_counts, granularities = ([head[i] for head in heads] for i in range(4))
-    flat = torch.ops.acs_triton.gate_head(
-        pooled, w1, b1, w2s, b2s, channel_counts, granularities, *_flat(in_active), threshold
-    )
-    return tuple(ActiveChannels(flat[2 * i], flat[2 * i + 1], head[3]) for i, head in enumerate(heads))
+        return implementation(pooled.device).gate_head(
+            pooled, w1, b1, heads, in_active=in_active, threshold=threshold, pixels=pixels
+        )
+    results = torch.ops.acs_triton.gate_head(pooled, w1, b1, *flat_heads(heads), *flat(in_active), threshold, pixels)
+    return unflat_heads(results, heads)
 
 
-def _flat(active: ActiveChannels | None) -> tuple[Tensor | None, Tensor | None, int]:
+def conv_gate_head(hidden: Tensor, heads: Sequence[Head], *, threshold: float = 0.5) -> tuple[ActiveChannels, ...]:
+    """Decide the active channels of one or more spans; see reference.conv_gate_head for the equation.
+
+    hidden: [N, C, h, w]; heads: (matrix [groups, 9 * C], bias [groups], channels, granularity) for each span. At least
+    float32, also in autocast. Returns one ActiveChannels for each head.
+    Raises ValueError or TypeError for a wrong argument, RuntimeError if an input requires grad.
+    """
+    refuse_grad("conv_gate_head", (hidden, *[tensor for head in heads for tensor in head[:2]]))
+    check_conv_gate(hidden, heads)
+    if run_direct(hidden):
+        return implementation(hidden.device).conv_gate_head(hidden, heads, threshold=threshold)
+    return unflat_heads(torch.ops.acs_triton.conv_gate_head(hidden, *flat_heads(heads), threshold), heads)
+
+
+def flat(active: ActiveChannels | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """As the schemas take it: index, count, granularity."""
     return (None, None, 1) if active is None else (active.index, active.count, active.granularity)
 
 
-def _active(index: Tensor | None, count: Tensor | None, granularity: int) -> ActiveChannels | None:
-    return None if index is None or count is None else ActiveChannels(index, count, granularity)
-
-
-def _run_compact_channels(mask: Tensor, granularity: int) -> tuple[Tensor, Tensor]:
-    index, count, _ = implementation(mask.device).compact_channels(mask, granularity)
-    return index, count
-
-
-def _run_gated_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
-    residual, stride, padding, dilation, activation = flat[6:]
-    return implementation(x.device).gated_conv2d(
-        x, weight, bias, in_active=_active(*flat[:3]), out_active=_active(*flat[3:6]), residual=residual,
-        stride=stride, padding=padding, dilation=dilation, activation=activation,
-    )  # fmt: skip
-
-
-def _run_gated_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
-    stride, padding, dilation, activation = flat[3:]
-    return implementation(x.device).gated_depthwise_conv2d(
-        x, weight, bias, active=_active(*flat[:3]),
-        stride=stride, padding=padding, dilation=dilation, activation=activation,
-    )  # fmt: skip
-
-
-def _run_gated_affine(x: Tensor, scale: Tensor, shift: Tensor, *flat: Any) -> Tensor:
-    return implementation(x.device).gated_affine(x, scale, shift, active=_active(*flat[:3]), activation=flat[3])
-
-
-def _run_gate_head(pooled: Tensor, w1: Tensor, b1: Tensor, *flat: Any) -> list[Tensor]:
-    heads = list(zip(*flat[:4], strict=True))
-    actives = implementation(pooled.device).gate_head(
-        pooled, w1, b1, heads, in_active=_active(*flat[4:7]), threshold=flat[7]
+def flat_heads(heads: Sequence[Head]) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
+    """As the schemas take them: weights, biases, channels, granularities."""
+    return (
+        [head[0] for head in heads],
+        [head[1] for head in heads],
+        [head[2] for head in heads],
+        [head[3] for head in heads],
     )
-    return [tensor for active in actives for tensor in active[:2]]
 
 
-def _empty(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    shape = (x.shape[0], channels, *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def unflat_heads(results: Sequence[Tensor], heads: Sequence[Head]) -> tuple[ActiveChannels, ...]:
+    """From index and count of each head in turn."""
+    return tuple(ActiveChannels(results[2 * i], results[2 * i + 1], head[3]) for i, head in enumerate(heads))
 
 
-def _fake_compact_channels(mask: Tensor, granularity: int) -> tuple[Tensor, Tensor]:
-    samples, channels = mask.shape
-    index = mask.new_empty((samples, padded_channels(channels)), dtype=torch.int32)
-    return index, mask.new_empty(samples, dtype=torch.int32)
-
-
-def _fake_gated_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
-    channels = weight.shape[0] if flat[3] is None else padded_channels(weight.shape[0])
-    return _empty(x, channels, output_size(x, weight, *flat[7:10]))
-
-
-def _fake_gated_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
-    return _empty(x, padded_channels(weight.shape[0]), output_size(x, weight, *flat[3:6]))
-
-
-def _fake_gated_affine(x: Tensor, scale: Tensor, shift: Tensor, *flat: Any) -> Tensor:
-    return _empty(x, padded_channels(scale.shape[0]), x.shape[2:])
-
-
-def _fake_gate_head(pooled: Tensor, w1: Tensor, b1: Tensor, *flat: Any) -> list[Tensor]:
-    samples = pooled.shape[0]
-    shapes = [shape for channels in flat[2] for shape in ((samples, padded_channels(channels)), (samples,))]
-    return [pooled.new_empty(shape, dtype=torch.int32) for shape in shapes]
-
-
-_CONV = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, str activation"
-_LIBRARY = torch.library.Library("acs_triton", "FRAGMENT")
-
-for _name, _arguments, _result, _run, _fake, _count in (
-    ("compact_channels", "Tensor mask, int granularity", "(Tensor, Tensor)",
-     _run_compact_channels, _fake_compact_channels, None),
-    ("gated_conv2d", "Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? in_count, int in_granularity, "
-     f"Tensor? out_index, Tensor? out_count, int out_granularity, Tensor? residual, {_CONV}", "Tensor",
-     _run_gated_conv2d, _fake_gated_conv2d, _flops.gated_conv2d),
-    ("gated_depthwise_conv2d", f"Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor count, int granularity, "
-     f"{_CONV}", "Tensor",
-     _run_gated_depthwise_conv2d, _fake_gated_depthwise_conv2d, _flops.gated_depthwise_conv2d),
-    ("gated_affine", "Tensor x, Tensor scale, Tensor shift, Tensor index, Tensor count, int granularity, "
-     "str activation", "Tensor",
-     _run_gated_affine, _fake_gated_affine, _flops.gated_affine),
-    ("gate_head", "Tensor pooled, Tensor w1, Tensor b1, Tensor[] w2, Tensor[] b2, int[] channels, int[] granularity, "
-     "Tensor? in_index, Tensor? in_count, int in_granularity, float threshold", "Tensor[]",
-     _run_gate_head, _fake_gate_head, _flops.gate_head),
-):  # fmt: skip
-    _LIBRARY.define(f"{_name}({_arguments}) -> {_result}", tags=torch.Tag.pt2_compliant_tag)
-    # One kernel for every device: `implementation` picks the module, or says why there is none.
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"acs_triton::{_name}", _fake, lib=_LIBRARY)
-    if _count is not None:
-        register_flop_formula(getattr(torch.ops.acs_triton, _name), get_raw=True)(_count)
+register_operators(implementation)

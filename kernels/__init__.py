@@ -1,1 +1,23 @@
 """Triton kernels, one operator a file; each shares name and signature with its twin in `acs_triton.reference`."""
+
+from .compact_channels import compact_channels
+from .conv_gate_head import conv_gate_head, conv_gate_head_packed
+from .gate_head import gate_head, gate_head_packed, pack_heads, pack_reduce, packed_heads
+from .gated_conv2d import gated_conv2d, run_conv
+from .gated_conv2d_pooled import gated_conv2d_pooled
+from .packing import pack_conv
+
+__all__ = [
+    "compact_channels",
+    "conv_gate_head",
+    "conv_gate_head_packed",
+    "gate_head",
+    "gate_head_packed",
+    "gated_conv2d",
+    "gated_conv2d_pooled",
+    "pack_conv",
+    "pack_heads",
+    "pack_reduce",
+    "packed_heads",
+    "run_conv",
+]

@@ -238,3 +238,11 @@ def refuse_float64(function: str, *arguments: Tensor | PackedHeads) -> None:
             f"{function}: the Triton kernels compute in float32, an argument is float64; "
             "cast it, or use hard mode (eval_mode='hard') for float64"
         )
+
+
+def packed_heads(
+    weight: Tensor, bias: Tensor, channels: Sequence[int], granularities: Sequence[int]
+) -> PackedHeads:
+    """What `pack_heads` made, from its tensors and the channels and granularity of each head."""
+    sizes = tuple(zip(channels, granularities, strict=True))
+    return PackedHeads(weight, bias, _table(sizes, weight.device), sizes)

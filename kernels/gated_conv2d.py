@@ -16,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.compact_channels import CHANNEL_BLOCK, ActiveChannels, padded_channels
-from ..reference.gated_conv2d import pair, sides
+from ..reference.gated_conv2d import pair, sides, spatial_size
+from ..reference.gated_conv2d_pooled import POOL_ROWS
 from .epilogue import activate
 from .launch import ConvTile, chip_of, conv_tile, launch
 from .packing import is_k_major, kernel_size, pack_conv, vector_length
 
-POOL_ROWS = 64
-"""Pixels that one row of column sums covers; the height of every tile is a multiple or covers the map."""
 _PADDING: tl.constexpr = tl.constexpr(CHANNEL_BLOCK)
+# The height of every tile is a multiple, or covers the map.
 _POOL_ROWS: tl.constexpr = tl.constexpr(POOL_ROWS)
 
 
@@ -75,8 +75,7 @@ def run_conv(
     (c_in, c_out), (kernel_h, kernel_w) = channels, kernel_size(packed, in_gated=in_gated, out_gated=out_gated)
     (stride_h, stride_w), (left, right, top, bottom), (dilation_h, dilation_w) = geometry
     samples, in_width, height, width = x.shape
-    out_h = (height + top + bottom - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
-    out_w = (width + left + right - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    out_h, out_w = spatial_size((height, width), (kernel_h, kernel_w), *geometry)
     out_width = padded_channels(c_out) if out_gated else c_out
     pixels = out_h * out_w
     _check(x, packed, height * width * in_width, pixels * out_width)

@@ -42,10 +42,21 @@ def output_size(
     dilation: int | Sequence[int],
 ) -> tuple[int, int]:
     """Height and width of the result of the convolution."""
+    return spatial_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+
+
+def spatial_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of the result for an input and a kernel of these heights and widths."""
     left, right, top, bottom = sides(padding)
     (stride_h, stride_w), (dilation_h, dilation_w) = pair(stride), pair(dilation)
-    height = (x.shape[2] + top + bottom - dilation_h * (weight.shape[2] - 1) - 1) // stride_h + 1
-    width = (x.shape[3] + left + right - dilation_w * (weight.shape[3] - 1) - 1) // stride_w + 1
+    height = (size[0] + top + bottom - dilation_h * (kernel_size[0] - 1) - 1) // stride_h + 1
+    width = (size[1] + left + right - dilation_w * (kernel_size[1] - 1) - 1) // stride_w + 1
     return height, width
 
 

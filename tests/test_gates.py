@@ -20,7 +20,7 @@ from networks import (
 )
 from torch import Tensor, nn
 
-from acs_triton import ACSModel, convert_model, sparse
+from acs_triton import ACSModel, convert_model, cpu
 from acs_triton.fold import norm_affine, window_matrix
 from acs_triton.gates import ConvGate, Head, PooledGate, projections
 
@@ -121,7 +121,7 @@ def test_the_lowered_form_of_the_acs_gate_is_exact(size: tuple[int, int]) -> Non
     expected = _logits_in_double(copy.deepcopy(gate).double(), x.double())
     norm = norm_affine(gate.bn)
     hidden = gate.conv1(gate.reduce(x)) * norm.scale[:, None, None] + norm.shift[:, None, None]
-    means = sparse.window_means(torch.relu(hidden))
+    means = cpu.window_means(torch.relu(hidden))
     for (weight, bias), value in zip(projections(gate), expected, strict=True):
         lowered = means @ window_matrix(gate.conv2.masked_weight(), weight).t() + bias
         assert (lowered.double() - value).abs().max() < 1e-5 * max(1.0, value.abs().max().item())

@@ -1,0 +1,261 @@
+"""Writing the sparse graph of one gated graph: what each of its nodes becomes.
+
+Activations between the producer and the consumers of a span are compact tensors; everything else is
+dense. A subclass says which functions run the steps, and in which layout they want their weights.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import groups, onednn, sparse
+from .fold import (
+    Folded,
+    activation_name,
+    is_identity,
+    merged_convs,
+    norm_affine,
+    norm_parts,
+    window_matrix,
+)
+from .fusion import Fused, Fusion
+from .gates import ConvGate, PooledGate, projections
+from .program import Program
+
+if TYPE_CHECKING:
+    from .model import ACSModel
+
+
+class Emitter:
+    """The graph for CPU tensors; `packed` has the one for the Triton kernels.
+
+    graph: what was written. tensors: the packed weights that it reads by position.
+    """
+
+    def __init__(self, model: ACSModel, program: Program) -> None:
+        self.model = model
+        self.program = program
+        self.graph = fx.Graph()
+        self.tensors: list[Tensor] = []
+        self._values: dict[fx.Node, fx.Node] = {}
+        self._active: dict[fx.Node, fx.Node] = {}
+        self._decisions: dict[str, fx.Node] = {}
+        self._producers = {node: name for name, node in program.plan.producer.items()}
+        self._span_of_body = {node: name for name, body in program.plan.body.items() for node in body}
+        inside_spans = {*self._producers, *self._span_of_body}
+        self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans)
+
+    def build(self) -> None:
+        self._in_groups = {name for name in self._producers.values() if self._runs_in_groups(name)}
+        for node in self.program.graph.nodes:
+            self._emit(node)
+        self.graph.lint()
+
+    def _runs_in_groups(self, name: str) -> bool:
+        """Whether a span can stay in runs of groups: nothing but its convolution's epilogue before its consumers."""
+        producer, last = self.program.plan.producer[name], self.program.plan.last(name)
+        fused = next(fused for node, fused in self._fusion.fused_at.values() if node is producer)
+        if self._fusion.skip_identity(last) is not fused.last or self._fusion.is_masked(producer.args[0]):
+            return False
+        if self.model.report.gated[name].granularity < groups.SMALLEST_GROUP:
+            return False
+        masked = next(node for node in last.users if node.target == "mask_features")
+        return all(reader in self._fusion.conv_nodes and reader not in self._producers for reader in masked.users)
+
+    def _emit(self, node: fx.Node) -> None:
+        if node in self._fusion.fused_at:
+            conv_node, fused = self._fusion.fused_at[node]
+            self._emit_conv(conv_node, fused)
+        elif node in self._fusion.swallowed or is_identity(self._fusion.module(node)):
+            return
+        elif node.op == "placeholder":
+            self._values[node] = self.graph.node_copy(node, self._value)
+            if node.target == "masker":
+                self._model_node = self._values[node]
+                self._tensors_node = self.graph.placeholder("tensors")
+        elif node.op == "call_method" and node.target == "mask_features":
+            _, features, _, name = node.args
+            self._values[node] = self._value(features)
+            self._active[node] = self._decisions[str(name)]
+        elif node.op == "call_module" and str(node.target).startswith("gates."):
+            self._emit_gate(node)
+        elif node.op == "call_function" and node.target is operator.getitem and self._is_gate(node.args[0]):
+            return
+        elif node in self._span_of_body:
+            self._emit_on_compact(node)
+        else:
+            self._values[node] = self.graph.node_copy(node, self._value)
+
+    def _emit_conv(self, conv_node: fx.Node, fused: Fused) -> None:
+        folded, source = fused.folded, conv_node.args[0]
+        span = self._span_of_body.get(conv_node)
+        if span is not None:
+            value = self._depthwise(self._value(source), folded, self._decisions[span], fused.activation)
+        elif folded.groups > 1:
+            value = self._grouped(source, folded, fused.activation)
+        else:
+            name = self._producers.get(conv_node)
+            value = self._conv(
+                conv_node,
+                fused,
+                in_active=self._active.get(self._fusion.skip_identity(source)),
+                out_active=None if name is None else self._decisions[name],
+                residual=None if fused.residual is None else self._value(fused.residual),
+            )
+        self._values[fused.last] = value
+
+    def _conv(
+        self,
+        conv_node: fx.Node,
+        fused: Fused,
+        in_active: fx.Node | None,
+        out_active: fx.Node | None,
+        residual: fx.Node | None,
+    ) -> fx.Node:
+        folded = fused.folded
+        masked, name = self._fusion.skip_identity(conv_node.args[0]), self._producers.get(conv_node)
+        x, end = self._value(masked), (geometry_of(folded), fused.activation)
+        weight = self._packed(_storage(folded.weight, in_active is not None, out_active is not None))
+        bias = self._packed_or_none(folded.bias)
+        if name is not None and name in self._in_groups:
+            return self.graph.call_function(sparse.produce_groups, (x, weight, bias, out_active, *end))
+        if in_active is not None and str(masked.args[3]) in self._in_groups:
+            return self.graph.call_function(sparse.consume_groups, (x, weight, bias, in_active, residual, *end))
+        return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end))
+
+    def _depthwise(self, x: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
+        weight, bias = self._packed(folded.weight), self._packed_or_none(folded.bias)
+        return self.graph.call_function(sparse.depthwise, (x, weight, bias, active, geometry_of(folded), activation))
+
+    def _affine(self, x: fx.Node, scale: Tensor, shift: Tensor, active: fx.Node, activation: str) -> fx.Node:
+        arguments = (x, self._packed(scale), self._packed(shift), active, activation)
+        return self.graph.call_function(sparse.affine, arguments)
+
+    def _grouped(self, source: Any, folded: Folded, activation: str) -> fx.Node:
+        """A grouped convolution outside of every span: dense."""
+        weight, bias = self._packed(folded.weight), self._packed_or_none(folded.bias)
+        x = self._value(source)
+        arguments = (x, weight, bias, folded.stride, folded.padding, folded.dilation, folded.groups)
+        result = self.graph.call_function(F.conv2d, arguments)
+        if activation == "none":
+            return result
+        return self.graph.call_function(onednn.activate_, (result, activation))
+
+    def _emit_on_compact(self, node: fx.Node) -> None:
+        """An operation inside a span that no convolution swallowed."""
+        module = self._fusion.module(node)
+        x = self._value(node.args[0])
+        decision = self._decisions[self._span_of_body[node]]
+        if isinstance(module, _BatchNorm):
+            affine = norm_affine(module)
+            activations = norm_parts(module)
+            assert affine is not None  # spans only walk through norms with running statistics
+            value = self._affine(x, affine.scale, affine.shift, decision, activations or "none")
+            if activations is None:
+                for name, child in module.named_children():
+                    if not is_identity(child):
+                        value = self.graph.call_module(f"{node.target}.{name}", (value,))
+                        value = self._cleared(value, decision, len(affine.scale))
+        else:
+            value = self.graph.node_copy(node, self._value)
+            name = self._span_of_body[node]
+            if activation_name(node, module) is None and _moves_zero(node, module):
+                value = self._cleared(value, decision, self.model.report.gated[name].channels)
+        self._values[node] = value
+
+    def _cleared(self, value: fx.Node, decision: fx.Node, channels: int) -> fx.Node:
+        """Zeros again in the columns that the contract wants zero, after an activation with f(0) != 0."""
+        like = next(self.model.parameters())
+        ones = torch.ones(channels, dtype=like.dtype, device=like.device)
+        return self._affine(value, ones, torch.zeros_like(ones), decision, "none")
+
+    def _emit_gate(self, node: fx.Node) -> None:
+        gate = self._fusion.module(node)
+        key = str(node.target).removeprefix("gates.")
+        spans = sorted((span.head, name) for name, span in self.model.report.gated.items() if span.gate == key)
+        names = [name for _, name in spans]
+        source = self._fusion.skip_identity(node.args[0])
+        common = (self._model_node, self._value(source), self._active.get(source))
+        start = len(self.graph.nodes)
+        if isinstance(gate, PooledGate):
+            found = self._pooled_gate(common, gate, self._heads(gate, names), names, source)
+        else:
+            assert isinstance(gate, ConvGate)  # GATE_CLASSES has two
+            norm = norm_affine(gate.bn)
+            assert norm is not None  # BatchNorm2d tracks its statistics by default
+            front = merged_convs(gate.reduce.weight, gate.conv1.masked_weight() * norm.scale[:, None, None, None])
+            last = gate.conv2.masked_weight()
+            tails = [(window_matrix(last, weight), *rest) for weight, *rest in self._heads(gate, names)]
+            found = self._conv_gate(common, front, norm.shift.float(), tails, names)
+        for head, name in enumerate(names):
+            self._decisions[name] = self.graph.call_function(operator.getitem, (found, head))
+        for added in list(self.graph.nodes)[start:]:
+            added.meta["gate"] = key
+
+    def _heads(self, gate: PooledGate | ConvGate, names: list[str]) -> list[Any]:
+        """(weight, bias, channels, granularity) of each head."""
+        gated = self.model.report.gated
+        return [
+            (weight, bias, gated[name].channels, gated[name].granularity)
+            for (weight, bias), name in zip(projections(gate), names, strict=True)
+        ]
+
+    def _pooled_gate(
+        self, common: tuple[Any, ...], gate: PooledGate, heads: list[Any], names: list[str], source: fx.Node
+    ) -> fx.Node:
+        """common: the model, the features, their active channels or None."""
+        packed = [(self._packed(weight), self._packed(bias), *sizes) for weight, bias, *sizes in heads]
+        w1, b1 = self._packed(gate.reduce.weight.float()), self._packed(gate.reduce.bias.float())
+        return self.graph.call_function(sparse.pooled_gate, (*common, w1, b1, packed, names))
+
+    def _conv_gate(
+        self, common: tuple[Any, ...], front: Tensor, shift: Tensor, tails: list[Any], names: list[str]
+    ) -> fx.Node:
+        in_gated = common[2] is not None
+        weights = (self._packed(_storage(front, in_gated, False)), self._packed(shift))
+        packed = [(self._packed(matrix), self._packed(bias), *sizes) for matrix, bias, *sizes in tails]
+        return self.graph.call_function(sparse.conv_gate, (*common, *weights, packed, names))
+
+    def _is_gate(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith("gates.")
+
+    def _value(self, value: Any) -> Any:
+        return self._values[self._fusion.skip_identity(value)] if isinstance(value, fx.Node) else value
+
+    def _packed(self, tensor: Tensor) -> fx.Node:
+        # A copy even where folding changed nothing: it must not follow the parameter half-way.
+        self.tensors.append(tensor.detach().clone())
+        return self.graph.call_function(operator.getitem, (self._tensors_node, len(self.tensors) - 1))
+
+    def _packed_or_none(self, tensor: Tensor | None) -> fx.Node | None:
+        return None if tensor is None else self._packed(tensor)
+
+
+def geometry_of(folded: Folded) -> sparse.Geometry:
+    return folded.stride, folded.padding, folded.dilation
+
+
+def _storage(weight: Tensor, in_gated: bool, out_gated: bool) -> Tensor:
+    """The memory layout from which the active part is gathered fastest."""
+    if in_gated and not out_gated and weight.shape[2:] == (1, 1):
+        return weight.transpose(0, 1).contiguous().transpose(0, 1)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _moves_zero(node: fx.Node, module: nn.Module | None) -> bool:
+    """True for an activation with f(0) != 0."""
+    zero = torch.zeros(1, 1, 1, 1)
+    if node.op == "call_module":
+        return isinstance(module, (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh)) and bool(
+            module(zero).item() != 0
+        )
+    if node.op == "call_function" and node.target in (F.sigmoid, torch.sigmoid, F.hardsigmoid, F.softplus, F.hardtanh):
+        return bool(cast(Callable[..., Tensor], node.target)(zero, *node.args[1:], **node.kwargs).item() != 0)
+    return node.op == "call_method" and node.target in ("sigmoid", "sigmoid_")

@@ -1,0 +1,115 @@
+"""Writing the sparse graph for the Triton kernels: which functions run its steps, and their packed weights."""
+
+from __future__ import annotations
+
+import operator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from . import packed
+from .emit import Emitter, geometry_of
+from .fold import Folded
+from .fusion import Fused
+from .gates import PooledGate
+from .program import Program
+
+if TYPE_CHECKING:
+    from .model import ACSModel
+
+
+class KernelEmitter(Emitter):
+    """The graph for the Triton kernels.
+
+    kernels: their package. dtype: what autocast computes convolutions in, so that their weights are cast once, here.
+    """
+
+    def __init__(self, model: ACSModel, program: Program, kernels: ModuleType, dtype: torch.dtype | None) -> None:
+        super().__init__(model, program)
+        self._kernels = kernels
+        self._dtype = dtype
+        self._sums: dict[fx.Node, fx.Node] = {}
+        self._pooled = {
+            self._features(node.args[0])
+            for node in program.graph.nodes
+            if isinstance(self._fusion.module(node), PooledGate)
+        }
+
+    def _features(self, source: Any) -> fx.Node:
+        """What a gate reads, without its mask."""
+        node: fx.Node = self._fusion.skip_identity(source)
+        return self._fusion.skip_identity(node.args[0]) if self._fusion.is_masked(node) else node
+
+    def _conv(
+        self,
+        conv_node: fx.Node,
+        fused: Fused,
+        in_active: fx.Node | None,
+        out_active: fx.Node | None,
+        residual: fx.Node | None,
+    ) -> fx.Node:
+        folded, x, end = fused.folded, self._value(conv_node.args[0]), (geometry_of(fused.folded), fused.activation)
+        bias = self._packed_or_none(self._cast_or_none(folded.bias))
+        if in_active is None and out_active is None:
+            weight = self._packed(self._cast(folded.weight).contiguous(memory_format=torch.channels_last))
+            return self.graph.call_function(packed.dense_conv, (x, weight, bias, residual, *end))
+        c_out, c_in, *kernel_size = folded.weight.shape
+        weight = self._packed_conv(self._cast(folded.weight), in_active is not None, out_active is not None)
+        arguments = (
+            x, weight, bias, (c_in, c_out), tuple(kernel_size), in_active, out_active, residual, *end
+        )  # fmt: skip
+        if fused.last not in self._pooled:
+            return self.graph.call_function(packed.conv, arguments)
+        both = self.graph.call_function(packed.conv_pooled, arguments)
+        self._sums[fused.last] = self._item(both, 1)
+        return self._item(both, 0)
+
+    def _depthwise(self, x: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
+        channels, _, *kernel_size = folded.weight.shape
+        weight, bias = (
+            self._packed(self._kernels.pack_depthwise(self._cast(folded.weight))),
+            self._cast_or_none(folded.bias),
+        )
+        arguments = (
+            x, weight, self._packed_or_none(bias), tuple(kernel_size), channels, active, geometry_of(folded), activation
+        )  # fmt: skip
+        return self.graph.call_function(packed.depthwise, arguments)
+
+    def _pooled_gate(
+        self, common: tuple[Any, ...], gate: PooledGate, heads: list[Any], names: list[str], source: fx.Node
+    ) -> fx.Node:
+        model, x, in_active = common
+        w1, b1 = (
+            self._packed(self._kernels.pack_reduce(gate.reduce.weight.float())),
+            self._packed(gate.reduce.bias.float()),
+        )
+        sums = self._sums.get(self._features(source))
+        arguments = (model, x, sums, in_active, w1, b1, *self._packed_heads(heads), names)
+        return self.graph.call_function(packed.pooled_gate, arguments)
+
+    def _conv_gate(
+        self, common: tuple[Any, ...], front: Tensor, shift: Tensor, tails: list[Any], names: list[str]
+    ) -> fx.Node:
+        hidden, c_in = front.shape[:2]
+        weights = (self._packed_conv(front.float(), common[2] is not None, False), self._packed(shift))
+        arguments = (*common, *weights, (c_in, hidden), *self._packed_heads(tails), names)
+        return self.graph.call_function(packed.conv_gate, arguments)
+
+    def _packed_heads(self, heads: list[Any]) -> tuple[Any, ...]:
+        known = self._kernels.pack_heads(heads)
+        return self._packed(known.weight), self._packed(known.bias), [*known.sizes]
+
+    def _packed_conv(self, weight: Tensor, in_gated: bool, out_gated: bool) -> fx.Node:
+        return self._packed(self._kernels.pack_conv(weight, in_gated=in_gated, out_gated=out_gated))
+
+    def _item(self, node: fx.Node, position: int) -> fx.Node:
+        return self.graph.call_function(operator.getitem, (node, position))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        # As autocast does, float64 stays.
+        return tensor if self._dtype is None or tensor.dtype == torch.float64 else tensor.to(self._dtype)
+
+    def _cast_or_none(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else self._cast(tensor)

@@ -1,0 +1,194 @@
+"""What the lowered graph calls where the Triton kernels run: each function is one fused step on packed weights.
+
+Compact tensors have the width of the operators' contract; nothing here reads a count on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .onednn import activate_
+from .ops import ActiveChannels, flat, run_direct
+from .reference.gated_conv2d import sides, spatial_size
+from .sparse import Geometry
+
+if TYPE_CHECKING:
+    from .model import ACSModel
+
+Sizes = list[tuple[int, int]]
+"""Channels and granularity of each head."""
+# The front of a ConvGate, merged: see `fold.merged_convs`.
+FRONT_KERNEL = (3, 3)
+FRONT: Geometry = ((4, 4), (2, 2), (2, 2))
+
+
+def dense_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, activation: str
+) -> Tensor:
+    """activation(conv2d(x, weight) + bias + residual) without gates: PyTorch's own convolution is the fastest."""
+    y = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, *geometry)
+    return activate_(y if residual is None else y + residual, activation)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: tuple[int, int],
+    kernel_size: tuple[int, int],
+    in_active: ActiveChannels | None,
+    out_active: ActiveChannels | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+) -> Tensor:
+    """activation(conv2d(x, weight) + bias + residual) on the active channels; channels: (C_in, C_out)."""
+    stride, padding, dilation = geometry
+    if residual is not None and not _fits(residual, x, weight, channels, kernel_size, geometry):
+        alone = conv(x, weight, bias, channels, kernel_size, in_active, out_active, None, geometry, "none")
+        return activate_(alone + residual, activation)
+    if run_direct(x):
+        return ops.implementation(x.device).run_conv(
+            x, weight, bias, residual, channels, in_active, out_active, (stride, sides(padding), dilation), activation
+        )[0]
+    return torch.ops.acs_triton.packed_conv2d(
+        x, weight, bias, *channels, *kernel_size, *flat(in_active), *flat(out_active), residual,
+        stride, sides(padding), dilation, activation,
+    )  # fmt: skip
+
+
+def conv_pooled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: tuple[int, int],
+    kernel_size: tuple[int, int],
+    in_active: ActiveChannels | None,
+    out_active: ActiveChannels | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`conv`, and the sums of its columns [N, tiles, C] for a gate that reads the result."""
+    stride, padding, dilation = geometry
+    if residual is not None and not _fits(residual, x, weight, channels, kernel_size, geometry):
+        y = conv(x, weight, bias, channels, kernel_size, in_active, out_active, residual, geometry, activation)
+        return y, y.sum((2, 3), dtype=torch.float32)[:, None]
+    if run_direct(x):
+        return ops.implementation(x.device).run_conv(
+            x, weight, bias, residual, channels, in_active, out_active, (stride, sides(padding), dilation), activation,
+            True,
+        )  # fmt: skip
+    return torch.ops.acs_triton.packed_conv2d_pooled(
+        x, weight, bias, *channels, *kernel_size, *flat(in_active), *flat(out_active), residual,
+        stride, sides(padding), dilation, activation,
+    )  # fmt: skip
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: tuple[int, int],
+    channels: int,
+    active: ActiveChannels,
+    geometry: Geometry,
+    activation: str,
+) -> Tensor:
+    """activation(depthwise conv2d(x, weight) + bias) on a compact tensor."""
+    stride, padding, dilation = geometry
+    if run_direct(x):
+        return ops.implementation(x.device).gated_depthwise_conv2d_packed(
+            x, weight, bias, kernel_size=kernel_size, active=active, stride=stride, padding=sides(padding),
+            dilation=dilation, activation=activation,
+        )  # fmt: skip
+    return torch.ops.acs_triton.packed_depthwise_conv2d(
+        x, weight, bias, *kernel_size, channels, *flat(active), stride, sides(padding), dilation, activation
+    )
+
+
+def pooled_gate(
+    model: ACSModel,
+    x: Tensor,
+    sums: Tensor | None,
+    in_active: ActiveChannels | None,
+    w1: Tensor,
+    b1: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sizes: Sizes,
+    spans: Sequence[str],
+) -> tuple[ActiveChannels, ...]:
+    """PooledGate with its decision: x [N, C, H, W], dense or compact, to the active channels of each span.
+
+    sums: of the columns of x, where the convolution that made x left them.
+    """
+    pixels = 1 if sums is None else x.shape[2] * x.shape[3]
+    pooled = x.mean((2, 3), dtype=torch.float32) if sums is None else sums
+    if run_direct(pooled):
+        kernels = ops.implementation(x.device)
+        found = kernels.gate_head_packed(
+            pooled, w1, b1, kernels.packed_heads(weight, bias, *zip(*sizes, strict=True)),
+            in_active=in_active, threshold=model.threshold, pixels=pixels,
+        )  # fmt: skip
+    else:
+        found = _actives(
+            torch.ops.acs_triton.packed_gate_head(
+                pooled, w1, b1, weight, bias, *_columns(sizes), *flat(in_active), model.threshold, pixels
+            ),
+            sizes,
+        )
+    return tuple(model.decide(name, active) for name, active in zip(spans, found, strict=True))
+
+
+def conv_gate(
+    model: ACSModel,
+    x: Tensor,
+    in_active: ActiveChannels | None,
+    front: Tensor,
+    shift: Tensor,
+    channels: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor,
+    sizes: Sizes,
+    spans: Sequence[str],
+) -> tuple[ActiveChannels, ...]:
+    """ConvGate with its decision, in two launches: the merged front, then window means, matrix and compaction."""
+    hidden = conv(x, front, shift, channels, FRONT_KERNEL, in_active, None, None, FRONT, "relu")
+    if run_direct(hidden):
+        kernels = ops.implementation(x.device)
+        found = kernels.conv_gate_head_packed(
+            hidden, kernels.packed_heads(weight, bias, *zip(*sizes, strict=True)), threshold=model.threshold
+        )
+    else:
+        found = _actives(
+            torch.ops.acs_triton.packed_conv_gate_head(hidden, weight, bias, *_columns(sizes), model.threshold), sizes
+        )
+    return tuple(model.decide(name, active) for name, active in zip(spans, found, strict=True))
+
+
+def _columns(sizes: Sizes) -> tuple[list[int], list[int]]:
+    return [channels for channels, _ in sizes], [granularity for _, granularity in sizes]
+
+
+def _actives(results: Sequence[Tensor], sizes: Sizes) -> tuple[ActiveChannels, ...]:
+    return tuple(ActiveChannels(results[2 * i], results[2 * i + 1], size[1]) for i, size in enumerate(sizes))
+
+
+def _fits(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    channels: tuple[int, int],
+    kernel_size: tuple[int, int],
+    geometry: Geometry,
+) -> bool:
+    """False where the original's add broadcasts or promotes."""
+    size = spatial_size(x.shape[2:], kernel_size, *geometry)
+    return residual.dtype == weight.dtype and residual.shape == (x.shape[0], channels[1], *size)
