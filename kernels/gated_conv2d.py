@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -95,29 +95,28 @@ def run_conv(
         sums = torch.empty((samples, -(-pixels // POOL_ROWS), out_width), dtype=torch.float32, device=x.device)
     if tile.split > 1:
         workspace = torch.empty((samples, tile.split, pixels, out_width), dtype=torch.float32, device=x.device)
-    out_index, out_count = out_active[:2] if out_active is not None else (None, None)
-    result = dict(
-        bias_ptr=bias, residual_ptr=residual, out_ptr=out, sums_ptr=sums, workspace_ptr=workspace,
-        out_index_ptr=out_index, out_count_ptr=out_count, PIXELS=pixels, C_OUT=c_out, OUT_WIDTH=out_width,
-        ACTIVATION=activation, SPLIT=tile.split,
-    )  # fmt: skip
     programs = samples * -(-pixels // tile.block_m) * -(-out_width // tile.block_n) * tile.split
-    launch(
-        conv_kernel, programs,
-        dict(
-            x_ptr=x, weight_ptr=packed, in_index_ptr=None if in_active is None else in_active.index,
-            in_count_ptr=None if in_active is None else in_active.count, **result,
-            H=height, W=width, C_IN=c_in, IN_WIDTH=in_width, OUT_W=out_w,
-            KERNEL_H=kernel_h, KERNEL_W=kernel_w, STRIDE_H=stride_h, STRIDE_W=stride_w, PAD_TOP=top, PAD_LEFT=left,
-            PADDED=max(left, right, top, bottom) > 0, DILATION_H=dilation_h, DILATION_W=dilation_w,
-            K_MAJOR=is_k_major(packed.dtype, in_gated=in_gated, out_gated=out_gated), WEIGHT_ROW=packed.shape[3],
-            # Adjacent channels that one vector of the weight holds where columns are gathered.
-            RUN=1 if in_active is None else gcd(in_active.granularity, vector_length(packed.dtype)),
-            PRECISION=precision, SWAPPED=tile.swapped,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        ),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    result: dict[str, Any] = {
+        "bias_ptr": bias, "residual_ptr": residual, "out_ptr": out, "sums_ptr": sums, "workspace_ptr": workspace,
+        "out_index_ptr": None if out_active is None else out_active.index,
+        "out_count_ptr": None if out_active is None else out_active.count,
+        "PIXELS": pixels, "C_OUT": c_out, "OUT_WIDTH": out_width, "ACTIVATION": activation, "SPLIT": tile.split,
+    }  # fmt: skip
+    source: dict[str, Any] = {
+        "x_ptr": x, "weight_ptr": packed,
+        "in_index_ptr": None if in_active is None else in_active.index,
+        "in_count_ptr": None if in_active is None else in_active.count,
+        "H": height, "W": width, "C_IN": c_in, "IN_WIDTH": in_width, "OUT_W": out_w,
+        "KERNEL_H": kernel_h, "KERNEL_W": kernel_w, "STRIDE_H": stride_h, "STRIDE_W": stride_w,
+        "PAD_TOP": top, "PAD_LEFT": left, "PADDED": max(left, right, top, bottom) > 0,
+        "DILATION_H": dilation_h, "DILATION_W": dilation_w,
+        "K_MAJOR": is_k_major(packed.dtype, in_gated=in_gated, out_gated=out_gated), "WEIGHT_ROW": packed.shape[3],
+        # Adjacent channels that one vector of the weight holds where its columns are gathered.
+        "RUN": 1 if in_active is None else gcd(in_active.granularity, vector_length(packed.dtype)),
+        "PRECISION": precision, "SWAPPED": tile.swapped,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+    }  # fmt: skip
+    launch(conv_kernel, programs, {**source, **result}, num_warps=tile.num_warps, num_stages=tile.num_stages)
     if tile.split > 1:
         _add_splits(result, samples, tile)
     return out, sums
@@ -133,10 +132,10 @@ def conv_precision() -> str:
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
-def _add_splits(result: dict[str, object], samples: int, tile: ConvTile) -> None:
+def _add_splits(result: dict[str, Any], samples: int, tile: ConvTile) -> None:
     block_m = min(tile.block_m, POOL_ROWS)
     block_n = 32  # small maps have few tiles: narrow ones keep more of the chip at work
-    tiles = -(-int(result["PIXELS"]) // block_m) * -(-int(result["OUT_WIDTH"]) // block_n)  # type: ignore[call-overload]
+    tiles = -(-result["PIXELS"] // block_m) * -(-result["OUT_WIDTH"] // block_n)
     launch(split_kernel, samples * tiles, {**result, "BLOCK_M": block_m, "BLOCK_N": block_n}, num_stages=1)
 
 

@@ -46,16 +46,20 @@ class ConvTile:
     split: int = 1
 
 
-# (block_m, block_n): warps. 64 rows are the least that wgmma takes with 4 warps; 128 x 64 is the most that 4 warps
-# hold without spills, and 128 x 128 with 8 re-reads each operand least where there are programs enough.
-CONV_BLOCKS = {(128, 128): 8, (128, 64): 4, (64, 64): 4, (128, 32): 4, (64, 32): 4}
-# (block_m, block_n) of maps too small for 64 rows: channels become the rows.
-SWAPPED_BLOCKS = {16: (16, 64), 32: (32, 64)}
-# Without matrix units every sum is a register: larger tiles spill.
-IEEE_BLOCKS = {(64, 64): 4, (64, 32): 4}
-MAX_SPLIT = 8
-# Steps that a program must have left for the second launch of a split sum to pay.
-STEPS_PER_SPLIT = 6
+# (block_m, block_n): warps. 64 rows are the least that wgmma takes with 4 warps; a thread then holds at most 64 sums,
+# which leaves registers for addresses.
+CONV_BLOCKS = {(64, 32): 4, (64, 64): 4, (64, 128): 4, (128, 32): 4, (128, 64): 4, (128, 128): 8, (256, 64): 8}
+# Maps too small for 64 rows: channels become the rows of the matrix product.
+SWAPPED_BLOCKS = {(16, 64): 4, (32, 64): 4}
+# Without matrix units larger tiles spill.
+IEEE_BLOCKS = {(64, 32): 4, (64, 64): 4}
+SPLITS = (1, 2, 4, 8)
+
+# What an H100 is expected to do, in nanoseconds and bytes; only their ratios decide. Not measured with these kernels.
+L2_RATE = 5500  # bytes a nanosecond, all processors together
+PROCESSOR_RATE = 110  # 64 bytes a clock into one processor
+STEP_LATENCY = 60  # of one step of the main loop that waits for nothing else
+LAUNCH = 2500  # the least that any launch takes; a split sum costs a second one
 
 
 def conv_tile(
@@ -80,58 +84,40 @@ def conv_tile(
     narrow = c_in < 64 or (in_gated and c_in <= 128)
     block_k = 16 if ieee else 32 if element_size == 4 or narrow else 64
     # Half of the gated channels are expected to run.
-    expected = c_out // 2 if out_gated else c_out
+    steps = taps * -(-(c_in // 2 if in_gated else c_in) // block_k)
+    expected = max(1, c_out // 2 if out_gated else c_out)
+
+    def nanoseconds(choice: tuple[tuple[int, int], int]) -> tuple[float, float, int]:
+        (block_m, block_n), split = choice
+        programs = samples * -(-pixels // block_m) * -(-expected // block_n) * split
+        step_bytes = (block_m + block_n) * block_k * element_size
+        share = -(-steps // split)
+        waves = -(-programs // (2 * chip.processors))
+        traffic = programs * share * step_bytes / L2_RATE
+        chain = waves * share * max(STEP_LATENCY, step_bytes / PROCESSOR_RATE)
+        work = max(traffic, chain)
+        second = 0.0 if split == 1 else max(LAUNCH, 8 * samples * pixels * expected * split / L2_RATE)
+        # Among those that one launch hides, the least work; among equals, the fewest programs.
+        return max(LAUNCH, work) + second, work + second, -block_m * block_n
+
     swapped = pixels <= 32 and not ieee
     if swapped:
-        block_m, block_n = SWAPPED_BLOCKS[16 if pixels <= 16 else 32]
-        warps = 4
+        blocks = {block: warps for block, warps in SWAPPED_BLOCKS.items() if block[0] >= pixels}
     else:
         blocks = IEEE_BLOCKS if ieee else CONV_BLOCKS
-        block_m, block_n = _blocks(blocks, pixels, samples, expected, c_out, out_gated, chip)
-        warps = blocks[block_m, block_n]
-    tiles = samples * -(-pixels // block_m) * max(1, -(-expected // block_n))
-    steps = taps * -(-(c_in // 2 if in_gated else c_in) // block_k)
-    split = 1
-    while split < MAX_SPLIT and tiles * split * 2 <= chip.processors and steps >= STEPS_PER_SPLIT * split * 2:
-        split *= 2
+    (block_m, block_n), split = min(((block, split) for block in blocks for split in SPLITS), key=nanoseconds)
+    stages = _stages((block_m + block_n) * block_k * element_size, in_gated, chip)
+    return ConvTile(block_m, block_n, block_k, blocks[block_m, block_n], stages, swapped, split)
+
+
+def _stages(step_bytes: int, in_gated: bool, chip: Chip) -> int:
     if chip.amd:
-        return ConvTile(block_m, block_n, block_k, warps, 2, swapped, split)
+        return 2
+    # Two programs share a processor where both can keep three steps in flight.
+    fitting = max(3, chip.shared // 2 // step_bytes) if chip.shared >= 3 * step_bytes else 2
+    buffers = min(3 if in_gated else 4, fitting)
     # An index load inside the loop takes every second buffer from the pipeline.
-    wanted = 6 if in_gated else 4
-    buffers = (wanted + 1) // 2 if in_gated else wanted
-    stage = (block_m + block_n) * block_k * element_size
-    # Two programs share a processor, so that one computes while the other starts or stores.
-    fitting = max(2, chip.shared // 2 // stage)
-    if buffers > fitting:
-        wanted = 2 * fitting - 1 if in_gated else fitting
-    return ConvTile(block_m, block_n, block_k, warps, wanted, swapped, split)
-
-
-def _blocks(
-    blocks: Mapping[tuple[int, int], int],
-    pixels: int,
-    samples: int,
-    expected: int,
-    c_out: int,
-    out_gated: bool,
-    chip: Chip,
-) -> tuple[int, int]:
-    """The largest tile that still gives every processor a program, or else the smallest."""
-    widths = {n for _, n in blocks}
-    # An active list is padded to the tile: half of a narrow layer would be padding.
-    block_n = 32 if out_gated and c_out <= 64 else 64
-    heights = sorted({m for m, n in blocks if n == block_n}, reverse=True)
-    for block_m in heights:
-        rows = -(-pixels // block_m)
-        # Taller tiles that only add padding gain nothing.
-        wasteful = block_m > heights[-1] and rows * block_m > 1.1 * (-(-pixels // heights[-1]) * heights[-1])
-        tiles = samples * rows * max(1, -(-expected // block_n))
-        if wasteful or tiles < chip.processors:
-            continue
-        if 128 in widths and not out_gated and c_out >= 128 and block_m == 128 and tiles >= 2 * chip.processors:
-            return 128, 128
-        return block_m, block_n
-    return heights[-1], block_n
+    return 2 * buffers - 1 if in_gated else buffers
 
 
 @dataclass(frozen=True)
@@ -174,13 +160,13 @@ def chip_of(device: torch.device) -> Chip:
 
 @cache
 def _chip(index: int) -> Chip:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return Chip(shared=64 * 1024, processors=properties.multi_processor_count, amd=True)
-    return Chip(properties.shared_memory_per_block_optin, properties.multi_processor_count)
+    known = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Chip(known["max_shared_mem"], known["multiprocessor_count"], amd=bool(torch.version.hip))
 
 
-def launch(kernel: Any, programs: int, arguments: Mapping[str, Any], *, num_warps: int = 4, num_stages: int = 2) -> None:
+def launch(
+    kernel: Any, programs: int, arguments: Mapping[str, Any], *, num_warps: int = 4, num_stages: int = 2
+) -> None:
     """Run `programs` programs of `kernel` on the device of the first tensor among `arguments`."""
     if programs == 0:
         return

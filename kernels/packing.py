@@ -10,7 +10,7 @@ def pack_conv(weight: Tensor, *, in_gated: bool, out_gated: bool) -> Tensor:
     """The weight [C_out, C_in, kh, kw] in the layout from which 16 bytes at a time can be gathered.
 
     K-major [C_out + 1, kh, kw, row] in general; N-major [kh, kw, C_in + 1, row] where only the input is gated and the
-    dtype has 16 bits. The index C, which ends an active list, reads zeros: a row of its own, or columns behind the last.
+    dtype has 16 bits. The index C, which ends an active list, reads zeros: a row of its own, or columns behind them.
     """
     c_out, c_in, height, width = weight.shape
     if is_k_major(weight.dtype, in_gated=in_gated, out_gated=out_gated):
