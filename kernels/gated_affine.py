@@ -52,10 +52,10 @@ def gated_affine(
 def pixel_block(pixels: int, line_programs: int, chip: Chip) -> int:
     """Pixels of one program, of which there are `line_programs` for each block of pixels.
 
-    A tall block spreads the gather of scale and shift over more pixels: eight for each lane at 128, one at 16. A small
-    batch needs low ones, or half of the chip has nothing to do.
+    A tall block spreads the gather of scale and shift over more pixels, four for each lane at 64; twice as many would
+    take the registers of other programs. A small batch needs low blocks, or half of the chip has nothing to do.
     """
-    block = min(128, max(16, triton.next_power_of_2(pixels)))
+    block = min(64, max(16, triton.next_power_of_2(pixels)))
     while block > 16 and line_programs * -(-pixels // block) < 2 * chip.processors:
         block //= 2
     return block
@@ -80,6 +80,7 @@ def affine_kernel(
     column = start + tl.arange(0, BLOCK_C)
     channel = tl.load(index_ptr + sample * COLUMNS + column)
     if RUN > 1:
+        # The tail of the list is no run, but nothing of it is read.
         channel = tl.max_contiguous(tl.multiple_of(channel, RUN), RUN)
     scale = tl.load(scale_ptr + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)

@@ -177,6 +177,7 @@ def depthwise_kernel(
     column = start + tl.arange(0, BLOCK_C)
     channel = tl.load(index_ptr + sample * COLUMNS + column)
     if RUN > 1:
+        # The tail of the list is no run, but its vectors start at C, where the weight has zeros.
         channel = tl.max_contiguous(tl.multiple_of(channel, RUN), RUN)
     w_ptrs = weight_ptr + channel
     place = tl.arange(0, ROWS * STRIPS)
@@ -194,14 +195,16 @@ def depthwise_kernel(
         sums += (tl.zeros((ROWS * STRIPS, BLOCK_C), dtype=tl.float32),)
     for i in range(begin, end):
         y = top + i * DILATION_H
+        inside_y = (y >= 0) & (y < H)
+        x_row = x_ptrs + i * (DILATION_H * W * COLUMNS)
         w = ()  # type: tuple[tl.tensor, ...]
         x = ()  # type: tuple[tl.tensor, ...]
         added = ()  # type: tuple[tl.tensor, ...]
         for j in tl.static_range(KERNEL_W):
             w += (tl.load(w_ptrs + (i * KERNEL_W + j) * WEIGHT_ROW).to(tl.float32)[None, :],)
         for q in tl.static_range(LOADED):
-            inside = (y >= 0) & (y < H) & (left + q >= 0) & (left + q < W)
-            x_q = tl.load(x_ptrs + (i * (DILATION_H * W) + q) * COLUMNS, mask=inside[:, None], other=0.0)
+            inside = inside_y & (left + q >= 0) & (left + q < W)
+            x_q = tl.load(x_row + q * COLUMNS, mask=inside[:, None], other=0.0)
             x += (x_q.to(tl.float32),)
         for r in tl.static_range(STRIP):
             total = sums[r]
