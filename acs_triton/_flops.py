@@ -56,9 +56,8 @@ def packed_conv2d(_x: Tensor, weight: Tensor, _bias: Tensor | None, *flat: Any, 
     return 2 * y.shape[0] * c_in * c_out * kernel_h * kernel_w * y.shape[2] * y.shape[3]
 
 
-def packed_depthwise_conv2d(_x: Tensor, _weight: Tensor, _bias: Tensor | None, *flat: Any, out_val: Tensor) -> int:
-    kernel_h, kernel_w, channels = flat[:3]
-    return 2 * out_val.shape[0] * channels * kernel_h * kernel_w * out_val.shape[2] * out_val.shape[3]
+def packed_depthwise_conv2d(_x: Tensor, weight: Tensor, _bias: Tensor | None, *_flat: Any, out_val: Tensor) -> int:
+    return 2 * out_val.numel() * weight.shape[0] * weight.shape[1]
 
 
 def packed_gate_head(pooled: Tensor, w1: Tensor, _b1: Tensor, weight: Tensor, *_flat: Any, out_val: Any) -> int:

@@ -78,10 +78,9 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
         )  # fmt: skip
 
     def packed_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
-        kernel_h, kernel_w, _ = flat[:3]
-        stride, padding, dilation, activation = flat[6:]
+        stride, padding, dilation, activation = flat[3:]
         return implementation(x.device).gated_depthwise_conv2d_packed(
-            x, weight, bias, kernel_size=(kernel_h, kernel_w), active=active(*flat[3:6]),
+            x, weight, bias, active=active(*flat[:3]),
             stride=stride, padding=padding, dilation=dilation, activation=activation,
         )  # fmt: skip
 
@@ -132,8 +131,7 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
         ("packed_conv2d_pooled", _PACKED_CONV, "(Tensor, Tensor)",
          packed_conv(True), _fake_packed_conv_pooled, _flops.packed_conv2d),
         ("packed_depthwise_conv2d",
-         "Tensor x, Tensor weight, Tensor? bias, int kernel_h, int kernel_w, int channels, "
-         f"{_ACTIVE.format('active')}, {_GEOMETRY}", "Tensor",
+         f"Tensor x, Tensor weight, Tensor? bias, {_ACTIVE.format('active')}, {_GEOMETRY}", "Tensor",
          packed_depthwise, _fake_packed_depthwise, _flops.packed_depthwise_conv2d),
         ("packed_gate_head",
          f"Tensor pooled, Tensor w1, Tensor b1, {_PACKED_HEADS}, {_IN}, float threshold, int pixels", "Tensor[]",
@@ -190,9 +188,8 @@ def _fake_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) 
 
 
 def _fake_packed_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
-    *kernel_size, channels = flat[:3]
-    size = spatial_size(x.shape[2:], kernel_size, *flat[6:9])
-    return _empty(x, padded_channels(channels), size, weight.dtype)
+    size = spatial_size(x.shape[2:], weight.shape[:2], *flat[3:6])
+    return _empty(x, x.shape[1], size, weight.dtype)
 
 
 def _fake_affine(x: Tensor, scale: Tensor, shift: Tensor, *flat: Any) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import sparse
+from . import cpu, sparse
+from .executed import LaunchReader, Layer, executed_macs, on_paper
 from .program import Programs
 from .reference import ActiveChannels
 from .trace import kept_training_flags
@@ -82,6 +83,7 @@ def mac_report(
     counts = _count(model, programs, input_shape)
     densities = {name: mask.double().mean(1) for name, mask in masks.items()}
     spans_of = _spans_of_layers(programs)
+    executed = {} if lowered is None else _executed(model, lowered, input_shape, masks)
     ones = torch.ones(input_shape[0], dtype=torch.float64)
     total = torch.zeros_like(ones)
     layers = {}
@@ -92,7 +94,7 @@ def mac_report(
         ideal = share * dense
         total += ideal
         mean = ideal.mean().item()
-        layers[name] = LayerMacs(dense, mean, dense if lowered is None else mean)
+        layers[name] = LayerMacs(dense, mean, dense if lowered is None else executed.get(name, mean))
     gates = counts.gates if lowered is None else _count_gates(model, lowered, input_shape)
     return MacReport(
         dense=sum(layer.dense for layer in layers.values()),
@@ -154,9 +156,28 @@ def _count_gates(model: ACSModel, lowered: Lowered, input_shape: tuple[int, ...]
     key = input_shape[1:]
     if key not in lowered.gate_macs:
         graphs: _Graphs = {part: (known.graph, (known.tensors,)) for part, known in lowered.by_part.items()}
-        by_node = _node_macs(model, graphs, key)
+        with on_paper(lowered, next(model.parameters()).device):
+            by_node = _node_macs(model, graphs, key)
         lowered.gate_macs[key] = sum(macs for node, macs in by_node.items() if "gate" in node.meta)
     return lowered.gate_macs[key]
+
+
+def _executed(
+    model: ACSModel, lowered: Lowered, input_shape: tuple[int, ...], masks: dict[str, Tensor]
+) -> dict[str, float]:
+    """MACs a sample of the layers that run in tiles; empty where every layer does just what the masks imply."""
+    parameter = next(model.parameters())
+    found: dict[Layer, Any] = {}
+    with on_paper(lowered, parameter.device) as launches, torch.no_grad():
+
+        def run(part: str, inputs: tuple[Any, ...]) -> Any:
+            known = lowered.by_part[part]
+            return LaunchReader(model, known.graph, launches, found).run(_AllOpen(model), known.tensors, *inputs)
+
+        if lowered.implementation is not cpu:
+            with model.running_parts_with(run):
+                run("", (torch.zeros(input_shape, dtype=parameter.dtype, device=parameter.device),))
+    return executed_macs(found, masks)
 
 
 _Graphs = dict[str, tuple[fx.Graph, tuple[Any, ...]]]

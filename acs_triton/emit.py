@@ -97,7 +97,7 @@ class Emitter:
         folded, source = fused.folded, conv_node.args[0]
         span = self._span_of_body.get(conv_node)
         if span is not None:
-            value = self._depthwise(self._value(source), folded, self._decisions[span], fused.activation)
+            value = self._depthwise(conv_node, folded, self._decisions[span], fused.activation)
         elif folded.groups > 1:
             value = self._grouped(source, folded, fused.activation)
         else:
@@ -130,9 +130,10 @@ class Emitter:
             return self.graph.call_function(sparse.consume_groups, (x, weight, bias, in_active, residual, *end))
         return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end))
 
-    def _depthwise(self, x: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
+    def _depthwise(self, conv_node: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
+        x, end = self._value(conv_node.args[0]), (geometry_of(folded), activation)
         weight, bias = self._packed(folded.weight), self._packed_or_none(folded.bias)
-        return self.graph.call_function(sparse.depthwise, (x, weight, bias, active, geometry_of(folded), activation))
+        return self.graph.call_function(sparse.depthwise, (x, weight, bias, active, *end))
 
     def _affine(self, x: fx.Node, scale: Tensor, shift: Tensor, active: fx.Node, activation: str) -> fx.Node:
         arguments = (x, self._packed(scale), self._packed(shift), active, activation)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from . import packed
 from .emit import Emitter, geometry_of
+from .executed import Layer
 from .fold import Folded
 from .fusion import Fused
 from .gates import PooledGate
@@ -60,22 +61,24 @@ class KernelEmitter(Emitter):
         arguments = (
             x, weight, bias, (c_in, c_out), tuple(kernel_size), in_active, out_active, residual, *end
         )  # fmt: skip
+        masked, name = self._fusion.skip_identity(conv_node.args[0]), self._producers.get(conv_node)
+        layer = Layer(str(conv_node.target), None if in_active is None else str(masked.args[3]), name)
         if fused.last not in self._pooled:
-            return self.graph.call_function(packed.conv, arguments)
+            value = self.graph.call_function(packed.conv, arguments)
+            value.meta["layer"] = layer
+            return value
         both = self.graph.call_function(packed.conv_pooled, arguments)
+        both.meta["layer"] = layer
         self._sums[fused.last] = self._item(both, 1)
         return self._item(both, 0)
 
-    def _depthwise(self, x: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
-        channels, _, *kernel_size = folded.weight.shape
-        weight, bias = (
-            self._packed(self._kernels.pack_depthwise(self._cast(folded.weight))),
-            self._cast_or_none(folded.bias),
-        )
-        arguments = (
-            x, weight, self._packed_or_none(bias), tuple(kernel_size), channels, active, geometry_of(folded), activation
-        )  # fmt: skip
-        return self.graph.call_function(packed.depthwise, arguments)
+    def _depthwise(self, conv_node: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
+        x, end = self._value(conv_node.args[0]), (geometry_of(folded), activation)
+        weight = self._packed(self._kernels.pack_depthwise(self._cast(folded.weight)))
+        bias = self._packed_or_none(self._cast_or_none(folded.bias))
+        value = self.graph.call_function(packed.depthwise, (x, weight, bias, active, *end))
+        value.meta["layer"] = Layer(str(conv_node.target), None, self._span_of_body[conv_node])
+        return value
 
     def _pooled_gate(
         self, common: tuple[Any, ...], gate: PooledGate, heads: list[Any], names: list[str], source: fx.Node

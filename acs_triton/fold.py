@@ -125,7 +125,7 @@ def merged_convs(pointwise: Tensor, conv: Tensor) -> Tensor:
 def window_matrix(conv: Tensor, project: Tensor) -> Tensor:
     """3x3 conv (padding 1, weight [M, K, 3, 3]), mean over positions, then project [G, M], as one matrix.
 
-    Returns [G, 9 * K] in fp32, to be applied to `sparse.window_means`.
+    Returns [G, 9 * K] in fp32, to be applied to `cpu.window_means`.
     """
     taps = conv.float().permute(0, 2, 3, 1).flatten(1)  # [M, 9 * K]
     return project @ taps

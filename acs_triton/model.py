@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import cost, lower, sparse
 from .adopt import AdoptedModule
 from .config import ACSConfig
+from .cuda_graph import GraphedModel
 from .inputs import check_input, refuse_clashes
 from .override import GivenMasks, MaskSource, RandomMasks
 from .program import Programs, build_gates, build_programs
@@ -282,6 +283,14 @@ class ACSModel(AdoptedModule):
             with self.set_mode("sparse"), torch.no_grad():
                 self(example_input)
         return self
+
+    def cuda_graph(self, example_input: Tensor) -> GraphedModel:
+        """A callable that replays one sparse forward as a CUDA graph, for inputs like `example_input` [N, C, H, W].
+
+        Masks may change at each call, weights may not: a stale graph refuses to run. See `GraphedModel`.
+        TypeError or ValueError for an example that is no CUDA tensor, RuntimeError while training.
+        """
+        return GraphedModel(self, example_input)
 
     def _ensure_lowered(self, target: tuple[Any, Any] | None = None) -> None:
         caches = self._caches

@@ -46,7 +46,9 @@ class GivenMasks:
                     f"override_masks: the mask of {name!r} is for a batch of {mask.shape[0]}, the input has {batch}; "
                     "give one row for each sample"
                 )
-        return {name: mask.to(device) for name, mask in self.groups.items()}
+        # Moved once: a copy from the host cannot be captured in a CUDA graph.
+        self.groups = {name: mask.to(device) for name, mask in self.groups.items()}
+        return dict(self.groups)
 
 
 @dataclass

@@ -95,8 +95,6 @@ def depthwise(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kernel_size: tuple[int, int],
-    channels: int,
     active: ActiveChannels,
     geometry: Geometry,
     activation: str,
@@ -105,11 +103,11 @@ def depthwise(
     stride, padding, dilation = geometry
     if run_direct(x):
         return ops.implementation(x.device).gated_depthwise_conv2d_packed(
-            x, weight, bias, kernel_size=kernel_size, active=active, stride=stride, padding=sides(padding),
-            dilation=dilation, activation=activation,
+            x, weight, bias, active=active, stride=stride, padding=sides(padding), dilation=dilation,
+            activation=activation,
         )  # fmt: skip
     return torch.ops.acs_triton.packed_depthwise_conv2d(
-        x, weight, bias, *kernel_size, channels, *flat(active), stride, sides(padding), dilation, activation
+        x, weight, bias, *flat(active), stride, sides(padding), dilation, activation
     )
 
 
