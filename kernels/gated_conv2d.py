@@ -96,6 +96,7 @@ def run_conv(
     if tile.split > 1:
         workspace = torch.empty((samples, tile.split, pixels, out_width), dtype=torch.float32, device=x.device)
     programs = samples * -(-pixels // tile.block_m) * -(-out_width // tile.block_n) * tile.split
+    k_major = is_k_major(packed.dtype, in_gated=in_gated, out_gated=out_gated)
     result: dict[str, Any] = {
         "bias_ptr": bias, "residual_ptr": residual, "out_ptr": out, "sums_ptr": sums, "workspace_ptr": workspace,
         "out_index_ptr": None if out_active is None else out_active.index,
@@ -110,9 +111,9 @@ def run_conv(
         "KERNEL_H": kernel_h, "KERNEL_W": kernel_w, "STRIDE_H": stride_h, "STRIDE_W": stride_w,
         "PAD_TOP": top, "PAD_LEFT": left, "PADDED": max(left, right, top, bottom) > 0,
         "DILATION_H": dilation_h, "DILATION_W": dilation_w,
-        "K_MAJOR": is_k_major(packed.dtype, in_gated=in_gated, out_gated=out_gated), "WEIGHT_ROW": packed.shape[3],
+        "K_MAJOR": k_major, "WEIGHT_ROW": packed.shape[3],
         # Adjacent channels that one vector of the weight holds where its columns are gathered.
-        "RUN": 1 if in_active is None else gcd(in_active.granularity, vector_length(packed.dtype)),
+        "RUN": gcd(in_active.granularity, vector_length(packed.dtype)) if in_active is not None and k_major else 1,
         "PRECISION": precision, "SWAPPED": tile.swapped,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip
