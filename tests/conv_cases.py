@@ -4,6 +4,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from kernel_cases import compact_tensor
 from parity import assert_parity, assert_zero_tail, make_active, make_compact, make_mask, masked
 
 FORMS = ("dense-dense", "dense-compact", "compact-dense", "compact-compact")
@@ -69,6 +70,13 @@ class Case:
                 self.arguments["bias"][~self.out_mask.any(0)] = float("nan")
         self.arguments["weight"] = STORAGES[storage](self.arguments["weight"])
 
+    def tensors(self):
+        """What a call must not write to."""
+        found = [self.arguments[name] for name in ("x", "weight", "bias", "residual")]
+        for active in (self.arguments["in_active"], self.arguments["out_active"]):
+            found += [] if active is None else active[:2]
+        return [tensor for tensor in found if tensor is not None]
+
     def dense(self, dtype, layout=torch.contiguous_format, batch="as given"):
         """The masked dense convolution: every channel computed, masks multiplied."""
         x = F.pad(masked(self.x, self.in_mask).to(dtype), self.sides).contiguous(memory_format=layout)
@@ -93,3 +101,17 @@ class Case:
             own, exact = make_compact(own, self.out_mask), make_compact(exact, self.out_mask)
             own, exact, y = (torch.cat([t[n, : m.sum()] for n, m in enumerate(self.out_mask)]) for t in (own, exact, y))
         assert_parity(y, own, exact)
+
+
+class KernelCase(Case):
+    """NaN in the weights that no sample uses, and in x wherever the contract of compact tensors promises nothing."""
+
+    def __init__(self, form="dense-dense", kind="random", **arguments):
+        super().__init__(form, kind, poison=True, **arguments)
+        if self.in_mask is not None:
+            self.arguments["x"] = compact_tensor(self.x, self.arguments["in_active"])
+
+
+def equal_with_nan(a, b):
+    """Whether every bit is the same where neither is NaN, and NaN stands at the same places."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
