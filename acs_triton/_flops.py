@@ -51,7 +51,7 @@ def conv_gate_head(hidden: Tensor, matrices: list[Tensor], *_flat: Any, out_val:
 
 
 def packed_conv2d(_x: Tensor, weight: Tensor, _bias: Tensor | None, *flat: Any, out_val: Any) -> int:
-    c_in, c_out, kernel_h, kernel_w = flat[:4]
+    c_out, c_in, kernel_h, kernel_w = flat[:4]
     y = out_val if isinstance(out_val, Tensor) else out_val[0]
     return 2 * y.shape[0] * c_in * c_out * kernel_h * kernel_w * y.shape[2] * y.shape[3]
 

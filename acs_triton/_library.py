@@ -25,7 +25,7 @@ _IN, _OUT = _ACTIVE.format("in"), _ACTIVE.format("out")
 _GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, str activation"
 _CONV = f"Tensor x, Tensor weight, Tensor? bias, {_IN}, {_OUT}, Tensor? residual, {_GEOMETRY}"
 _PACKED_CONV = (
-    f"Tensor x, Tensor weight, Tensor? bias, int c_in, int c_out, int kernel_h, int kernel_w, {_IN}, {_OUT}, "
+    f"Tensor x, Tensor weight, Tensor? bias, int c_out, int c_in, int kernel_h, int kernel_w, {_IN}, {_OUT}, "
     f"Tensor? residual, {_GEOMETRY}"
 )
 _HEADS = "Tensor[] w2, Tensor[] b2, int[] channels, int[] granularity"
@@ -60,7 +60,7 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
 
     def packed_conv(pooled: bool) -> Callable[..., Any]:
         def run(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Any:
-            c_in, c_out, residual, activation = flat[0], flat[1], flat[10], flat[14]
+            c_out, c_in, residual, activation = flat[0], flat[1], flat[10], flat[14]
             geometry = tuple(tuple(values) for values in flat[11:14])
             y, sums = implementation(x.device).run_conv(
                 x, weight, bias, residual, (c_in, c_out), active(*flat[4:7]), active(*flat[7:10]), geometry, activation,
@@ -173,7 +173,7 @@ def _fake_conv_pooled(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_packed_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
-    _, c_out, *kernel_size = flat[:4]
+    c_out, _, *kernel_size = flat[:4]
     size = spatial_size(x.shape[2:], kernel_size, *flat[11:14])
     return _empty(x, c_out if flat[7] is None else padded_channels(c_out), size, weight.dtype)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from . import packed
+from . import ops, packed
 from .emit import Emitter, geometry_of
 from .executed import Layer
 from .fold import Folded
@@ -56,11 +56,8 @@ class KernelEmitter(Emitter):
         if in_active is None and out_active is None:
             weight = self._packed(self._cast(folded.weight).contiguous(memory_format=torch.channels_last))
             return self.graph.call_function(packed.dense_conv, (x, weight, bias, residual, *end))
-        c_out, c_in, *kernel_size = folded.weight.shape
         weight = self._packed_conv(self._cast(folded.weight), in_active is not None, out_active is not None)
-        arguments = (
-            x, weight, bias, (c_in, c_out), tuple(kernel_size), in_active, out_active, residual, *end
-        )  # fmt: skip
+        arguments = (x, weight, bias, tuple(folded.weight.shape), in_active, out_active, residual, *end)
         masked, name = self._fusion.skip_identity(conv_node.args[0]), self._producers.get(conv_node)
         layer = Layer(str(conv_node.target), None if in_active is None else str(masked.args[3]), name)
         if fused.last not in self._pooled:
@@ -80,14 +77,16 @@ class KernelEmitter(Emitter):
         value.meta["layer"] = Layer(str(conv_node.target), None, self._span_of_body[conv_node])
         return value
 
+    def _affine(self, x: fx.Node, scale: Tensor, shift: Tensor, active: fx.Node, activation: str) -> fx.Node:
+        arguments = (x, self._packed(scale), self._packed(shift))
+        return self.graph.call_function(ops.gated_affine, arguments, {"active": active, "activation": activation})
+
     def _pooled_gate(
         self, common: tuple[Any, ...], gate: PooledGate, heads: list[Any], names: list[str], source: fx.Node
     ) -> fx.Node:
         model, x, in_active = common
-        w1, b1 = (
-            self._packed(self._kernels.pack_reduce(gate.reduce.weight.float())),
-            self._packed(gate.reduce.bias.float()),
-        )
+        w1 = self._packed(self._kernels.pack_reduce(gate.reduce.weight.float()))
+        b1 = self._packed(gate.reduce.bias.float())
         sums = self._sums.get(self._features(source))
         arguments = (model, x, sums, in_active, w1, b1, *self._packed_heads(heads), names)
         return self.graph.call_function(packed.pooled_gate, arguments)
@@ -95,9 +94,8 @@ class KernelEmitter(Emitter):
     def _conv_gate(
         self, common: tuple[Any, ...], front: Tensor, shift: Tensor, tails: list[Any], names: list[str]
     ) -> fx.Node:
-        hidden, c_in = front.shape[:2]
         weights = (self._packed_conv(front.float(), common[2] is not None, False), self._packed(shift))
-        arguments = (*common, *weights, (c_in, hidden), *self._packed_heads(tails), names)
+        arguments = (*common, *weights, tuple(front.shape), *self._packed_heads(tails), names)
         return self.graph.call_function(packed.conv_gate, arguments)
 
     def _packed_heads(self, heads: list[Any]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ Compact tensors have the width of the operators' contract; nothing here reads a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 Sizes = list[tuple[int, int]]
 """Channels and granularity of each head."""
+Shape = tuple[int, int, int, int]
+"""Of a convolution's weight before it was packed: (C_out, C_in, kh, kw)."""
 # The front of a ConvGate, merged: see `fold.merged_convs`.
-FRONT_KERNEL = (3, 3)
 FRONT: Geometry = ((4, 4), (2, 2), (2, 2))
 
 
@@ -40,35 +41,28 @@ def conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    channels: tuple[int, int],
-    kernel_size: tuple[int, int],
+    shape: Shape,
     in_active: ActiveChannels | None,
     out_active: ActiveChannels | None,
     residual: Tensor | None,
     geometry: Geometry,
     activation: str,
 ) -> Tensor:
-    """activation(conv2d(x, weight) + bias + residual) on the active channels; channels: (C_in, C_out)."""
-    stride, padding, dilation = geometry
-    if residual is not None and not _fits(residual, x, weight, channels, kernel_size, geometry):
-        alone = conv(x, weight, bias, channels, kernel_size, in_active, out_active, None, geometry, "none")
+    """activation(conv2d(x, weight) + bias + residual) on the active channels."""
+    if residual is not None and not _fits(residual, x, weight, shape, geometry):
+        alone = conv(x, weight, bias, shape, in_active, out_active, None, geometry, "none")
         return activate_(alone + residual, activation)
     if run_direct(x):
-        return ops.implementation(x.device).run_conv(
-            x, weight, bias, residual, channels, in_active, out_active, (stride, sides(padding), dilation), activation
-        )[0]
-    return torch.ops.acs_triton.packed_conv2d(
-        x, weight, bias, *channels, *kernel_size, *flat(in_active), *flat(out_active), residual,
-        stride, sides(padding), dilation, activation,
-    )  # fmt: skip
+        return _run_conv(x, weight, bias, shape, in_active, out_active, residual, geometry, activation, False)[0]
+    flat_arguments = _flat_conv(shape, in_active, out_active, residual, geometry, activation)
+    return torch.ops.acs_triton.packed_conv2d(x, weight, bias, *flat_arguments)
 
 
 def conv_pooled(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    channels: tuple[int, int],
-    kernel_size: tuple[int, int],
+    shape: Shape,
     in_active: ActiveChannels | None,
     out_active: ActiveChannels | None,
     residual: Tensor | None,
@@ -76,19 +70,47 @@ def conv_pooled(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """`conv`, and the sums of its columns [N, tiles, C] for a gate that reads the result."""
-    stride, padding, dilation = geometry
-    if residual is not None and not _fits(residual, x, weight, channels, kernel_size, geometry):
-        y = conv(x, weight, bias, channels, kernel_size, in_active, out_active, residual, geometry, activation)
+    if residual is not None and not _fits(residual, x, weight, shape, geometry):
+        y = conv(x, weight, bias, shape, in_active, out_active, residual, geometry, activation)
         return y, y.sum((2, 3), dtype=torch.float32)[:, None]
     if run_direct(x):
-        return ops.implementation(x.device).run_conv(
-            x, weight, bias, residual, channels, in_active, out_active, (stride, sides(padding), dilation), activation,
-            True,
-        )  # fmt: skip
-    return torch.ops.acs_triton.packed_conv2d_pooled(
-        x, weight, bias, *channels, *kernel_size, *flat(in_active), *flat(out_active), residual,
-        stride, sides(padding), dilation, activation,
+        return _run_conv(x, weight, bias, shape, in_active, out_active, residual, geometry, activation, True)
+    flat_arguments = _flat_conv(shape, in_active, out_active, residual, geometry, activation)
+    return torch.ops.acs_triton.packed_conv2d_pooled(x, weight, bias, *flat_arguments)
+
+
+def _run_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: Shape,
+    in_active: ActiveChannels | None,
+    out_active: ActiveChannels | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    pooled: bool,
+) -> tuple[Tensor, Any]:
+    c_out, c_in, _, _ = shape
+    stride, padding, dilation = geometry
+    sided = (stride, sides(padding), dilation)
+    kernels = ops.implementation(x.device)
+    return kernels.run_conv(
+        x, weight, bias, residual, (c_in, c_out), in_active, out_active, sided, activation, pooled
     )  # fmt: skip
+
+
+def _flat_conv(
+    shape: Shape,
+    in_active: ActiveChannels | None,
+    out_active: ActiveChannels | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+) -> tuple[Any, ...]:
+    """As the schema takes them."""
+    stride, padding, dilation = geometry
+    return (*shape, *flat(in_active), *flat(out_active), residual, stride, sides(padding), dilation, activation)
 
 
 def depthwise(
@@ -151,14 +173,14 @@ def conv_gate(
     in_active: ActiveChannels | None,
     front: Tensor,
     shift: Tensor,
-    channels: tuple[int, int],
+    shape: Shape,
     weight: Tensor,
     bias: Tensor,
     sizes: Sizes,
     spans: Sequence[str],
 ) -> tuple[ActiveChannels, ...]:
     """ConvGate with its decision, in two launches: the merged front, then window means, matrix and compaction."""
-    hidden = conv(x, front, shift, channels, FRONT_KERNEL, in_active, None, None, FRONT, "relu")
+    hidden = conv(x, front, shift, shape, in_active, None, None, FRONT, "relu")
     if run_direct(hidden):
         kernels = ops.implementation(x.device)
         found = kernels.conv_gate_head_packed(
@@ -179,14 +201,8 @@ def _actives(results: Sequence[Tensor], sizes: Sizes) -> tuple[ActiveChannels, .
     return tuple(ActiveChannels(results[2 * i], results[2 * i + 1], size[1]) for i, size in enumerate(sizes))
 
 
-def _fits(
-    residual: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    channels: tuple[int, int],
-    kernel_size: tuple[int, int],
-    geometry: Geometry,
-) -> bool:
+def _fits(residual: Tensor, x: Tensor, weight: Tensor, shape: Shape, geometry: Geometry) -> bool:
     """False where the original's add broadcasts or promotes."""
-    size = spatial_size(x.shape[2:], kernel_size, *geometry)
-    return residual.dtype == weight.dtype and residual.shape == (x.shape[0], channels[1], *size)
+    c_out, _, *kernel_size = shape
+    result = (x.shape[0], c_out, *spatial_size(x.shape[2:], kernel_size, *geometry))
+    return residual.dtype == weight.dtype and residual.shape == result
