@@ -129,7 +129,8 @@ def conv_precision() -> str:
         return "ieee"
     setting = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)  # since PyTorch 2.9
     if setting is not None:
-        return "ieee" if setting == "ieee" else "tf32"
+        # "none" where allow_tf32 was set to False.
+        return "tf32" if setting == "tf32" else "ieee"
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
