@@ -1,5 +1,7 @@
 """gated_depthwise_conv2d as a kernel: the reference in float64, PyTorch's own error, poisoned memory."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,7 +100,9 @@ def test_geometry(kernel, padding, stride, dilation):
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_long_strips(monkeypatch, dtype, size, kernel, stride, dilation):
-    monkeypatch.setattr("acs_triton.kernels.gated_depthwise_conv2d.chip_of", lambda device: BUSY)
+    # The package has a function of the module's name.
+    module = sys.modules["acs_triton.kernels.gated_depthwise_conv2d"]
+    monkeypatch.setattr(module, "chip_of", lambda device: BUSY)
     made = make(samples=1, channels=17, size=size, kernel=(kernel, kernel), dtype=dtype)
     check(*made, padding=kernel // 2 * dilation, stride=stride, dilation=dilation)
 
