@@ -64,5 +64,5 @@ def packed_gate_head(pooled: Tensor, w1: Tensor, _b1: Tensor, weight: Tensor, *_
     return 2 * pooled.shape[0] * (w1.numel() + weight.numel())
 
 
-def packed_conv_gate_head(hidden: Tensor, weight: Tensor, *_flat: Any, out_val: list[Tensor]) -> int:
-    return conv_gate_head(hidden, [weight], out_val=out_val)
+def packed_conv_gate_head(hidden: Tensor, weight: Tensor, *_flat: Any, out_val: Tensor) -> int:
+    return conv_gate_head(hidden, [weight], out_val=[out_val])

@@ -42,7 +42,10 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
         return None if index is None or count is None else ActiveChannels(index, count, granularity)
 
     def tensors(actives: Sequence[ActiveChannels]) -> list[Tensor]:
-        return [tensor for active in actives for tensor in active[:2]]
+        results = [tensor for active in actives for tensor in active[:2]]
+        # The kernels' are views of one buffer, and results of an operator must not share memory.
+        shared = len({tensor.untyped_storage().data_ptr() for tensor in results}) < len(results)
+        return [tensor.clone() for tensor in results] if shared else results
 
     def compact_channels(mask: Tensor, granularity: int) -> tuple[Tensor, Tensor]:
         index, count, _ = implementation(mask.device).compact_channels(mask, granularity)
@@ -95,22 +98,20 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
             )
         )
 
-    def packed_gate_head(pooled: Tensor, w1: Tensor, b1: Tensor, *flat: Any) -> list[Tensor]:
+    def packed_gate_head(pooled: Tensor, w1: Tensor, b1: Tensor, *flat: Any) -> Tensor:
         kernels = implementation(pooled.device)
-        return tensors(
-            kernels.gate_head_packed(
-                pooled, w1, b1, kernels.packed_heads(*flat[:4]),
-                in_active=active(*flat[4:7]), threshold=flat[7], pixels=flat[8],
-            )
+        return kernels.gate_head_packed(
+            pooled, w1, b1, kernels.packed_heads(*flat[:4]),
+            in_active=active(*flat[4:7]), threshold=flat[7], pixels=flat[8],
         )  # fmt: skip
 
     def conv_gate_head(hidden: Tensor, *flat: Any) -> list[Tensor]:
         heads = list(zip(*flat[:4], strict=True))
         return tensors(implementation(hidden.device).conv_gate_head(hidden, heads, threshold=flat[4]))
 
-    def packed_conv_gate_head(hidden: Tensor, *flat: Any) -> list[Tensor]:
+    def packed_conv_gate_head(hidden: Tensor, *flat: Any) -> Tensor:
         kernels = implementation(hidden.device)
-        return tensors(kernels.conv_gate_head_packed(hidden, kernels.packed_heads(*flat[:4]), threshold=flat[4]))
+        return kernels.conv_gate_head_packed(hidden, kernels.packed_heads(*flat[:4]), threshold=flat[4])
 
     for name, arguments, result, run, fake, count in (
         ("compact_channels", "Tensor mask, int granularity", "(Tensor, Tensor)",
@@ -134,10 +135,10 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
          f"Tensor x, Tensor weight, Tensor? bias, {_ACTIVE.format('active')}, {_GEOMETRY}", "Tensor",
          packed_depthwise, _fake_packed_depthwise, _flops.packed_depthwise_conv2d),
         ("packed_gate_head",
-         f"Tensor pooled, Tensor w1, Tensor b1, {_PACKED_HEADS}, {_IN}, float threshold, int pixels", "Tensor[]",
-         packed_gate_head, _fake_gate_head, _flops.packed_gate_head),
-        ("packed_conv_gate_head", f"Tensor hidden, {_PACKED_HEADS}, float threshold", "Tensor[]",
-         packed_conv_gate_head, _fake_conv_gate_head, _flops.packed_conv_gate_head),
+         f"Tensor pooled, Tensor w1, Tensor b1, {_PACKED_HEADS}, {_IN}, float threshold, int pixels", "Tensor",
+         packed_gate_head, _fake_packed_gate_head, _flops.packed_gate_head),
+        ("packed_conv_gate_head", f"Tensor hidden, {_PACKED_HEADS}, float threshold", "Tensor",
+         packed_conv_gate_head, _fake_packed_conv_gate_head, _flops.packed_conv_gate_head),
     ):  # fmt: skip
         _LIBRARY.define(f"{name}({arguments}) -> {result}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -202,6 +203,20 @@ def _fake_gate_head(pooled: Tensor, w1: Tensor, b1: Tensor, *flat: Any) -> list[
 
 def _fake_conv_gate_head(hidden: Tensor, *flat: Any) -> list[Tensor]:
     return _fake_active(hidden, flat[2])
+
+
+def _fake_packed_gate_head(pooled: Tensor, _w1: Tensor, _b1: Tensor, *flat: Any) -> Tensor:
+    return _fake_decisions(pooled, flat[2])
+
+
+def _fake_packed_conv_gate_head(hidden: Tensor, *flat: Any) -> Tensor:
+    return _fake_decisions(hidden, flat[2])
+
+
+def _fake_decisions(x: Tensor, channels: Sequence[int]) -> Tensor:
+    from .kernels.gate_head import decision_sizes  # only graphs for the kernels get here
+
+    return x.new_empty(sum(decision_sizes(x.shape[0], channels)), dtype=torch.int32)
 
 
 def _fake_active(x: Tensor, channels: Sequence[int]) -> list[Tensor]:

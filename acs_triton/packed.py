@@ -151,19 +151,17 @@ def pooled_gate(
     """
     pixels = 1 if sums is None else x.shape[2] * x.shape[3]
     pooled = x.mean((2, 3), dtype=torch.float32) if sums is None else sums
+    kernels = ops.implementation(x.device)
     if run_direct(pooled):
-        kernels = ops.implementation(x.device)
-        found = kernels.gate_head_packed(
-            pooled, w1, b1, kernels.packed_heads(weight, bias, *zip(*sizes, strict=True)),
+        decided = kernels.gate_head_packed(
+            pooled, w1, b1, kernels.packed_heads(weight, bias, *_columns(sizes)),
             in_active=in_active, threshold=model.threshold, pixels=pixels,
         )  # fmt: skip
     else:
-        found = _actives(
-            torch.ops.acs_triton.packed_gate_head(
-                pooled, w1, b1, weight, bias, *_columns(sizes), *flat(in_active), model.threshold, pixels
-            ),
-            sizes,
+        decided = torch.ops.acs_triton.packed_gate_head(
+            pooled, w1, b1, weight, bias, *_columns(sizes), *flat(in_active), model.threshold, pixels
         )
+    found = kernels.split_decisions(decided, x.shape[0], sizes)
     return tuple(model.decide(name, active) for name, active in zip(spans, found, strict=True))
 
 
@@ -181,24 +179,19 @@ def conv_gate(
 ) -> tuple[ActiveChannels, ...]:
     """ConvGate with its decision, in two launches: the merged front, then window means, matrix and compaction."""
     hidden = conv(x, front, shift, shape, in_active, None, None, FRONT, "relu")
+    kernels = ops.implementation(x.device)
     if run_direct(hidden):
-        kernels = ops.implementation(x.device)
-        found = kernels.conv_gate_head_packed(
-            hidden, kernels.packed_heads(weight, bias, *zip(*sizes, strict=True)), threshold=model.threshold
+        decided = kernels.conv_gate_head_packed(
+            hidden, kernels.packed_heads(weight, bias, *_columns(sizes)), threshold=model.threshold
         )
     else:
-        found = _actives(
-            torch.ops.acs_triton.packed_conv_gate_head(hidden, weight, bias, *_columns(sizes), model.threshold), sizes
-        )
+        decided = torch.ops.acs_triton.packed_conv_gate_head(hidden, weight, bias, *_columns(sizes), model.threshold)
+    found = kernels.split_decisions(decided, x.shape[0], sizes)
     return tuple(model.decide(name, active) for name, active in zip(spans, found, strict=True))
 
 
 def _columns(sizes: Sizes) -> tuple[list[int], list[int]]:
     return [channels for channels, _ in sizes], [granularity for _, granularity in sizes]
-
-
-def _actives(results: Sequence[Tensor], sizes: Sizes) -> tuple[ActiveChannels, ...]:
-    return tuple(ActiveChannels(results[2 * i], results[2 * i + 1], size[1]) for i, size in enumerate(sizes))
 
 
 def _fits(residual: Tensor, x: Tensor, weight: Tensor, shape: Shape, geometry: Geometry) -> bool:

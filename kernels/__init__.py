@@ -2,7 +2,7 @@
 
 from .compact_channels import compact_channels
 from .conv_gate_head import conv_gate_head, conv_gate_head_packed
-from .gate_head import gate_head, gate_head_packed, pack_heads, pack_reduce, packed_heads
+from .gate_head import gate_head, gate_head_packed, pack_heads, pack_reduce, packed_heads, split_decisions
 from .gated_affine import gated_affine
 from .gated_conv2d import gated_conv2d, run_conv
 from .gated_conv2d_pooled import gated_conv2d_pooled
@@ -26,4 +26,5 @@ __all__ = [
     "pack_reduce",
     "packed_heads",
     "run_conv",
+    "split_decisions",
 ]

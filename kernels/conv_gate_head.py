@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference.compact_channels import ActiveChannels
 from ..reference.gate_head import Head
-from .gate_head import TILE, PackedHeads, decide, launch_heads, pack_heads, refuse_float64
+from .gate_head import TILE, PackedHeads, decide, launch_heads, pack_heads, refuse_float64, split_decisions
 
 
 @triton.jit
@@ -48,14 +48,15 @@ def conv_gate_head_kernel(
 
 def conv_gate_head(hidden: Tensor, heads: Sequence[Head], *, threshold: float = 0.5) -> tuple[ActiveChannels, ...]:
     """`conv_gate_head_packed` of heads that are packed at each call, which costs launches of its own."""
-    return conv_gate_head_packed(hidden, pack_heads(heads), threshold=threshold)
+    packed = pack_heads(heads)
+    return split_decisions(conv_gate_head_packed(hidden, packed, threshold=threshold), hidden.shape[0], packed.sizes)
 
 
-def conv_gate_head_packed(hidden: Tensor, packed: PackedHeads, *, threshold: float = 0.5) -> tuple[ActiveChannels, ...]:
+def conv_gate_head_packed(hidden: Tensor, packed: PackedHeads, *, threshold: float = 0.5) -> Tensor:
     """Decide the active channels of one or more spans, in one launch; see reference.conv_gate_head for the equation.
 
     hidden: [N, C, h, w], copied unless channels_last; packed: `pack_heads` of matrices [groups, 9 * C]; any mix of
-    fp32, fp16 and bf16. Computes in fp32. The results are views of one buffer. Raises TypeError for float64.
+    fp32, fp16 and bf16. Computes in fp32. Returns one buffer for `split_decisions`. Raises TypeError for float64.
     """
     refuse_float64("conv_gate_head", hidden, packed)
     samples, channels, height, width = hidden.shape

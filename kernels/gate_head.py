@@ -76,7 +76,7 @@ def decide(
     channels, granularity = tl.load(table_ptr + head * 4), tl.load(table_ptr + head * 4 + 1)
     groups_before, width_before = tl.load(table_ptr + head * 4 + 2), tl.load(table_ptr + head * 4 + 3)
     groups = channels // granularity
-    # The counts of each head, then the indices of each head: see `empty_result`.
+    # The counts of each head, then the indices of each head: see `decision_sizes`.
     counts_width = tl.cdiv(samples, 64) * 64
     index_ptr = out_ptr + HEADS * counts_width + samples.to(tl.int64) * width_before
     index_ptr += sample.to(tl.int64) * (tl.cdiv(channels, 64) * 64)
@@ -147,7 +147,8 @@ def gate_head(
 ) -> tuple[ActiveChannels, ...]:
     """`gate_head_packed` of heads that are packed at each call, which costs launches of its own."""
     packed = pack_heads(heads)
-    return gate_head_packed(pooled, w1, b1, packed, in_active=in_active, threshold=threshold, pixels=pixels)
+    decided = gate_head_packed(pooled, w1, b1, packed, in_active=in_active, threshold=threshold, pixels=pixels)
+    return split_decisions(decided, pooled.shape[0], packed.sizes)
 
 
 def gate_head_packed(
@@ -159,12 +160,12 @@ def gate_head_packed(
     in_active: ActiveChannels | None = None,
     threshold: float = 0.5,
     pixels: int = 1,
-) -> tuple[ActiveChannels, ...]:
+) -> Tensor:
     """Decide the active channels of one or more spans, in one launch; see reference.gate_head for the equation.
 
     pooled: [N, C_in], or sums [N, tiles, C_in]; C_pad wide when `in_active` is given, whose count bounds what is read.
     w1: [hidden, C_in], copied unless stored as `pack_reduce` does; b1: [hidden]; any mix of fp32, fp16 and bf16.
-    Computes in fp32. The results are views of one buffer. Raises TypeError for float64.
+    Computes in fp32. Returns one buffer for `split_decisions`. Raises TypeError for float64.
     """
     refuse_float64("gate_head", pooled, w1, b1, packed)
     hidden, c_in = w1.shape
@@ -200,16 +201,14 @@ def launch_heads(
     threshold: float,
     arguments: Mapping[str, Any],
     num_warps: int = TILE_WARPS,
-) -> tuple[ActiveChannels, ...]:
-    """Start a kernel that ends in `decide`, with a program for each sample and head, and split its result.
+) -> Tensor:
+    """Start a kernel that ends in `decide`, with a program for each sample and head.
 
     features: the length of what `decide` is given.
     """
     groups = max(channels // granularity for channels, granularity in packed.sizes)
     block, run = blocks(groups, max(granularity for _, granularity in packed.sizes), max(TILE // features, 2))
-    counts_width = -(-samples // ALIGNMENT) * ALIGNMENT
-    widths = [padded_channels(channels) for channels, _ in packed.sizes]
-    size = len(widths) * counts_width + samples * sum(widths)
+    size = sum(decision_sizes(samples, [channels for channels, _ in packed.sizes]))
     out = torch.empty(size, dtype=torch.int32, device=packed.weight.device)
     decided = {
         "weight_ptr": packed.weight,
@@ -217,18 +216,27 @@ def launch_heads(
         "table_ptr": packed.table,
         "out_ptr": out,
         "cut": logit_threshold(threshold),
-        "HEADS": len(widths),
+        "HEADS": len(packed.sizes),
         "BLOCK": block,
         "RUN": run,
     }
-    launch(kernel, samples * len(widths), {**arguments, **decided}, num_warps=num_warps)
-    results, start = [], len(widths) * counts_width
-    for head, (width, (_, granularity)) in enumerate(zip(widths, packed.sizes, strict=True)):
-        index = out[start : start + samples * width].view(samples, width)
-        count = out[head * counts_width :][:samples]
-        results.append(ActiveChannels(index, count, granularity))
-        start += samples * width
-    return tuple(results)
+    launch(kernel, samples * len(packed.sizes), {**arguments, **decided}, num_warps=num_warps)
+    return out
+
+
+def decision_sizes(samples: int, channels: Sequence[int]) -> list[int]:
+    """Lengths of the parts of a buffer of decisions: the counts of each head, then the indices of each head."""
+    counts = -(-samples // ALIGNMENT) * ALIGNMENT
+    return [counts] * len(channels) + [samples * padded_channels(width) for width in channels]
+
+
+def split_decisions(buffer: Tensor, samples: int, sizes: Sequence[tuple[int, int]]) -> tuple[ActiveChannels, ...]:
+    """The active channels of each head, as views of what `decide` wrote; sizes: channels and granularity of each."""
+    parts = buffer.split(decision_sizes(samples, [channels for channels, _ in sizes]))
+    return tuple(
+        ActiveChannels(parts[len(sizes) + head].view(samples, padded_channels(channels)), parts[head][:samples], group)
+        for head, (channels, group) in enumerate(sizes)
+    )
 
 
 def refuse_float64(function: str, *arguments: Tensor | PackedHeads) -> None:
@@ -240,9 +248,7 @@ def refuse_float64(function: str, *arguments: Tensor | PackedHeads) -> None:
         )
 
 
-def packed_heads(
-    weight: Tensor, bias: Tensor, channels: Sequence[int], granularities: Sequence[int]
-) -> PackedHeads:
+def packed_heads(weight: Tensor, bias: Tensor, channels: Sequence[int], granularities: Sequence[int]) -> PackedHeads:
     """What `pack_heads` made, from its tensors and the channels and granularity of each head."""
     sizes = tuple(zip(channels, granularities, strict=True))
     return PackedHeads(weight, bias, _table(sizes, weight.device), sizes)

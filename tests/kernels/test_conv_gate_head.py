@@ -6,7 +6,7 @@ from gate_cases import are_clear, assert_decides, conv_gate_logits, make_heads, 
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from acs_triton.kernels import conv_gate_head, conv_gate_head_packed, pack_heads
+from acs_triton.kernels import conv_gate_head, conv_gate_head_packed, pack_heads, split_decisions
 from acs_triton.kernels.launch import H100, record
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -70,7 +70,7 @@ def test_low_precision_is_judged_in_float32():
 def test_all_heads_are_one_launch():
     hidden, heads = make(5, 8, 3, 4)
     with record(H100) as launches:
-        decided = conv_gate_head_packed(hidden, pack_heads(heads))
+        decided = split_decisions(conv_gate_head_packed(hidden, pack_heads(heads)), 5, pack_heads(heads).sizes)
     assert [each.programs for each in launches] == [5 * 2]
     assert [tuple(active.index.shape) for active in decided] == [(5, 64), (5, 64)]
 

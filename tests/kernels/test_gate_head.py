@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from parity import make_active, make_mask
 
 from acs_triton import reference
-from acs_triton.kernels import gate_head, gate_head_packed, pack_heads, pack_reduce
+from acs_triton.kernels import gate_head, gate_head_packed, pack_heads, pack_reduce, split_decisions
 from acs_triton.kernels.launch import H100, record
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -114,7 +114,7 @@ def test_storage_of_the_weights_does_not_matter():
     packed_w1, strided = pack_reduce(w1), make_gate(6)[0].t().contiguous().t()[::2]
     assert torch.equal(packed_w1, w1) and packed_w1.t().is_contiguous()
     masks = expected_masks(pooled, w1, b1, heads)
-    assert_decides(gate_head_packed(pooled, packed_w1, b1, pack_heads(heads)), masks, heads)
+    assert_decides(gate_head(pooled, packed_w1, b1, heads), masks, heads)
     assert_decides(gate_head(strided, w1, b1, heads), expected_masks(strided, w1, b1, heads), heads)
 
 
@@ -123,14 +123,15 @@ def test_packed_heads_take_new_weights_in_place():
     packed, fresh = pack_heads(heads), make_heads(8, ((24, 1), (64, 8)), seed=5)
     for old, new in zip(packed[:2], pack_heads(fresh)[:2], strict=True):
         old.copy_(new)
-    assert_decides(gate_head_packed(pooled, w1, b1, packed), expected_masks(pooled, w1, b1, fresh), fresh)
+    decided = split_decisions(gate_head_packed(pooled, w1, b1, packed), 3, packed.sizes)
+    assert_decides(decided, expected_masks(pooled, w1, b1, fresh), fresh)
 
 
 def test_all_heads_are_one_launch_that_copies_nothing():
     pooled, w1, b1, heads = make_gate(5, spans=SPANS)
     packed, w1 = pack_heads(heads), pack_reduce(w1)
     with record(H100) as launches:
-        decided = gate_head_packed(pooled, w1, b1, packed)
+        decided = split_decisions(gate_head_packed(pooled, w1, b1, packed), 5, packed.sizes)
     assert [each.programs for each in launches] == [5 * 3]
     assert [tuple(active.index.shape) for active in decided] == [(5, 64), (5, 64), (5, 128)]
 
