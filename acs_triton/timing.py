@@ -1,4 +1,4 @@
-"""Wall-clock timing of several engines side by side, so that drift of the machine touches all of them alike."""
+"""Timing of several engines side by side, so that drift of the machine touches all of them alike."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Engine = Callable[[], object]
+Clock = Callable[[Engine, int], float]
+"""From an engine and a number of calls in a row to the seconds that each of them took, their mean."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Timing:
         return cls(deciles[4], deciles[0], deciles[8], tuple(samples))
 
 
+def wall_clock(engine: Engine, calls: int) -> float:
+    """Time of the host: an engine must not return before its work is done."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        engine()
+    return (time.perf_counter() - start) / calls
+
+
 def interleaved(
     engines: Mapping[str, Engine],
     *,
@@ -36,6 +46,7 @@ def interleaved(
     calls: int = 1,
     seconds: float | None = None,
     progress: Callable[[float], None] | None = None,
+    clock: Clock = wall_clock,
 ) -> dict[str, Timing]:
     """Time the engines in rounds; in a round each of them runs once, in an order that changes from round to round.
 
@@ -46,8 +57,8 @@ def interleaved(
     calls: calls of an engine in a row for one sample, which is their mean.
     seconds: stop after the first measured round that ends later than this; never before one round.
     progress: called after each measured round with the share of the work that is done, in (0, 1].
+    clock: takes each sample.
 
-    Wall-clock time of the host: an engine must not return before its work is done.
     Raises ValueError for no engines and for counts out of range.
     """
     if seconds is not None and seconds <= 0:
@@ -59,7 +70,7 @@ def interleaved(
             raise ValueError(f"interleaved: {name} must be at least {least}, got {value}")
     for _ in range(warmup):
         for engine in engines.values():
-            _sample(engine, calls)
+            clock(engine, calls)
     samples: dict[str, list[float]] = {name: [] for name in engines}
     collecting = gc.isenabled()
     gc.collect()
@@ -68,7 +79,7 @@ def interleaved(
         start = time.perf_counter()
         for done in range(repeats):
             for name in _order(list(engines), done):
-                samples[name].append(_sample(engines[name], calls))
+                samples[name].append(clock(engines[name], calls))
             share = (done + 1) / repeats
             if seconds is not None:
                 share = max(share, min(1.0, (time.perf_counter() - start) / seconds))
@@ -87,10 +98,3 @@ def _order(names: list[str], done: int) -> list[str]:
     turns, start = divmod(done, len(names))
     rotated = names[start:] + names[:start]
     return rotated if turns % 2 == 0 else rotated[::-1]
-
-
-def _sample(engine: Engine, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        engine()
-    return (time.perf_counter() - start) / calls

@@ -30,6 +30,11 @@ def test_the_time_budget_ends_after_a_whole_round() -> None:
     assert shares == [1.0]
 
 
+def test_another_clock_takes_the_samples() -> None:
+    timings = interleaved({"a": int, "b": int}, repeats=3, calls=4, clock=lambda engine, calls: 10.0 * calls)
+    assert {timing.samples for timing in timings.values()} == {(40.0, 40.0, 40.0)}
+
+
 def test_progress_grows_to_one() -> None:
     shares: list[float] = []
     interleaved({"a": int}, repeats=4, progress=shares.append)
