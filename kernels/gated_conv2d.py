@@ -192,6 +192,27 @@ def _finish(
 
 
 @triton.jit
+def _load_tile(ptrs, steps, ptrs_inside, steps_inside, ACROSS: tl.constexpr):
+    """[len(ptrs), len(steps)] values at ptrs + steps, or turned where not ACROSS; zeros outside. A mask may be None."""
+    if ACROSS:
+        ptrs, steps = ptrs[:, None], steps[None, :]
+    else:
+        ptrs, steps = ptrs[None, :], steps[:, None]
+    if ptrs_inside is not None and steps_inside is not None:
+        if ACROSS:
+            mask = ptrs_inside[:, None] & steps_inside[None, :]
+        else:
+            mask = ptrs_inside[None, :] & steps_inside[:, None]
+        return tl.load(ptrs + steps, mask=mask, other=0.0)
+    elif ptrs_inside is not None:
+        return tl.load(ptrs + steps, mask=tl.expand_dims(ptrs_inside, 1 if ACROSS else 0), other=0.0)
+    elif steps_inside is not None:
+        return tl.load(ptrs + steps, mask=tl.expand_dims(steps_inside, 0 if ACROSS else 1), other=0.0)
+    else:
+        return tl.load(ptrs + steps)
+
+
+@triton.jit
 def conv_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, sums_ptr, workspace_ptr,
     in_index_ptr, in_count_ptr, out_index_ptr, out_count_ptr,
@@ -246,6 +267,7 @@ def conv_kernel(
         w_columns = weight_ptr + channel * (TAPS * WEIGHT_ROW)
     else:
         w_columns = weight_ptr + offs_n
+    n_inside = None if K_MAJOR or WEIGHT_ROW % BLOCK_N == 0 else offs_n < WEIGHT_ROW
 
     if SWAPPED:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -258,34 +280,23 @@ def conv_kernel(
         inside = offs_m < PIXELS
         if PADDED:
             inside = inside & (row + down >= 0) & (row + down < H) & (column + right >= 0) & (column + right < W)
-        x_ptrs = x_rows[:, None] + ((down * W + right) * IN_WIDTH + k)[None, :]
-        x_mask = inside[:, None]
-        if IN_GATED:
-            if RUN > 1:
-                first_of_run = tl.load(in_index_ptr + sample * IN_WIDTH + k // RUN * RUN)
-                source = tl.multiple_of(first_of_run, RUN) + k % RUN
-            else:
-                source = tl.load(in_index_ptr + sample * IN_WIDTH + k)
+        # A padded list ends in zeros, so only a dense side has an end inside a block.
+        k_inside = None if IN_GATED or C_IN % BLOCK_K == 0 else k < C_IN
+        if IN_GATED and RUN > 1:
+            source = tl.multiple_of(tl.load(in_index_ptr + sample * IN_WIDTH + k // RUN * RUN), RUN) + k % RUN
+        elif IN_GATED:
+            source = tl.load(in_index_ptr + sample * IN_WIDTH + k)
         else:
             source = k
-        if not IN_GATED and C_IN % BLOCK_K != 0:
-            x_mask = x_mask & (k < C_IN)[None, :]
-        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
         if K_MAJOR:
-            w_ptrs = w_columns[None, :] + (tap * WEIGHT_ROW + source)[:, None]
-            if not IN_GATED and C_IN % BLOCK_K != 0:
-                w = tl.load(w_ptrs, mask=(k < C_IN)[:, None], other=0.0)
-            else:
-                w = tl.load(w_ptrs)
+            w_steps = tap * WEIGHT_ROW + source
         else:
-            w_ptrs = w_columns[None, :] + ((tap * (C_IN + 1) + source) * WEIGHT_ROW)[:, None]
-            if WEIGHT_ROW % BLOCK_N != 0:
-                w = tl.load(w_ptrs, mask=(offs_n < WEIGHT_ROW)[None, :], other=0.0)
-            else:
-                w = tl.load(w_ptrs)
+            w_steps = (tap * (C_IN + 1) + source) * WEIGHT_ROW
+        x = _load_tile(x_rows, (down * W + right) * IN_WIDTH + k, inside, k_inside, not SWAPPED)
+        w = _load_tile(w_columns, w_steps, n_inside, k_inside, SWAPPED)
         x = x.to(weight_ptr.dtype.element_ty)
         if SWAPPED:
-            acc = tl.dot(tl.trans(w), tl.trans(x), acc, input_precision=PRECISION)
+            acc = tl.dot(w, x, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if SWAPPED:
