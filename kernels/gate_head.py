@@ -90,6 +90,10 @@ def decide(
         logit = tl.sum(weight * features[None, :], axis=1) + bias
         found = append_active(exists & (logit > cut), group, found, index_ptr, granularity, RUN)
     finish_active(found, index_ptr, out_ptr + head * counts_width + sample, channels, granularity)
+    if sample == 0:
+        # So that a buffer is the same each time, whatever its memory held.
+        behind = samples + tl.arange(0, 64)
+        tl.store(out_ptr + head * counts_width + behind, tl.zeros_like(behind), mask=behind < counts_width)
 
 
 @triton.jit

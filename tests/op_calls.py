@@ -9,16 +9,16 @@ C_IN, C_OUT, G = 24, 40, 8
 
 
 class Inputs:
-    """One set of arguments for every operator; sample 0 has few channels, the last one all of them."""
+    """One set of arguments for every operator; sample 0 has no input channels, the last one all, or as `kind` says."""
 
-    def __init__(self, samples=3, dtype=torch.float32):
+    def __init__(self, samples=3, dtype=torch.float32, kind=None):
         generator = torch.Generator().manual_seed(0)
 
         def rand(*shape):
             return torch.randn(*shape, generator=generator).to(dtype)
 
-        self.mask = make_mask("ragged" if samples > 1 else "random", samples, C_IN, G)
-        self.out_mask = make_mask("random", samples, C_OUT, G)
+        self.mask = make_mask(kind or ("ragged" if samples > 1 else "random"), samples, C_IN, G)
+        self.out_mask = make_mask(kind or "random", samples, C_OUT, G)
         self.active, self.out_active = make_active(self.mask, G), make_active(self.out_mask, G)
         self.x = rand(samples, C_IN, 6, 5)
         self.compact = make_compact(self.x, self.mask)

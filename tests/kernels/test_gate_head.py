@@ -141,6 +141,12 @@ def test_results_start_where_wide_loads_can():
         assert active.index.data_ptr() % 16 == active.count.data_ptr() % 16 == 0
 
 
+def test_every_element_of_a_buffer_is_written():
+    pooled, w1, b1, heads = make_gate(5, spans=SPANS)
+    buffer = gate_head_packed(pooled, w1, b1, pack_heads(heads))
+    assert (buffer != torch.iinfo(torch.int32).max).all()
+
+
 def test_empty_batch():
     decided = gate_head(*make_gate(0))
     assert [tuple(active.index.shape) for active in decided] == [(0, 64), (0, 64)]
