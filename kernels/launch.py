@@ -71,13 +71,15 @@ def conv_tile(
     taps: int,
     in_gated: bool,
     out_gated: bool,
+    wide: bool = True,
     element_size: int,
     precision: str,
     chip: Chip,
 ) -> ConvTile:
     """The tile for a convolution with these static shapes; never depends on a mask.
 
-    pixels: output pixels of a sample. precision: "tf32" or "ieee", for operands of 4 bytes.
+    pixels: output pixels of a sample. wide: False where the weight cannot be gathered 16 bytes at a time.
+    precision: "tf32" or "ieee", for operands of 4 bytes.
     """
     ieee = element_size == 4 and precision == "ieee"
     # One line of 128 bytes a row; half of it where padding a short list of channels to the block would cost more.
@@ -102,12 +104,27 @@ def conv_tile(
 
     swapped = pixels <= 32 and not ieee
     if swapped:
-        blocks = {block: warps for block, warps in SWAPPED_BLOCKS.items() if block[0] >= pixels}
+        blocks: Mapping[tuple[int, int], int] = {
+            block: warps for block, warps in SWAPPED_BLOCKS.items() if block[0] >= pixels
+        }
     else:
-        blocks = IEEE_BLOCKS if ieee else CONV_BLOCKS
+        blocks = _blocks(ieee, out_gated, wide)
     (block_m, block_n), split = min(((block, split) for block in blocks for split in SPLITS), key=nanoseconds)
     stages = _stages((block_m + block_n) * block_k * element_size, in_gated, chip)
     return ConvTile(block_m, block_n, block_k, blocks[block_m, block_n], stages, swapped, split)
+
+
+def _blocks(ieee: bool, out_gated: bool, wide: bool) -> Mapping[tuple[int, int], int]:
+    """The blocks that hold no more than a thread's registers on every chip, and their warps."""
+    if ieee:
+        return IEEE_BLOCKS
+    if not wide:
+        # Each element of the weight has an address of its own.
+        return {block: warps for block, warps in CONV_BLOCKS.items() if block[0] == 64 and block[1] <= 64}
+    if not out_gated:
+        # Where all channels run, narrow blocks only save registers that sm_100's assembler then uses badly.
+        return {block: warps for block, warps in CONV_BLOCKS.items() if block != (128, 32)}
+    return CONV_BLOCKS
 
 
 def _stages(step_bytes: int, in_gated: bool, chip: Chip) -> int:
