@@ -4,6 +4,9 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_JSON ?= build/benchmark.json
+# An interpreter that has torch, Triton and the packages of the extra `bench` already: nothing is installed then.
+PYTHON_GPU ?=
+BENCH_GPU_ARGS ?= --budget-minutes 25
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -11,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 PYTEST_KERNELS := ACS_TRITON_BACKEND=triton $(PYTEST) tests/kernels
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-slow test-all lint bench clean
+.PHONY: demo test test-slow test-all lint bench bench-gpu clean
 .NOTPARALLEL:
 
 demo: .venv/.installed-demo
@@ -39,6 +42,10 @@ lint: .venv/.installed-dev
 bench: .venv/.installed-bench
 	mkdir -p $(dir $(BENCH_JSON))
 	$(PYTEST) bench -o timeout=0 --benchmark-only --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
+
+# All that needs a GPU, within a budget: tests/gpu, ceilings, layers, networks. Tables, and one JSON in bench/results.
+bench-gpu: $(if $(PYTHON_GPU),,.venv/.installed-bench)
+	$(or $(PYTHON_GPU),$(BIN)/python) -m bench.gpu $(BENCH_GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
