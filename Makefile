@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# 0 runs the tests in one process, as --pdb needs it.
+PYTEST_WORKERS ?= auto
 DEMO_ARGS ?=
 BENCH_JSON ?= build/benchmark.json
 # An interpreter that has torch, Triton and the packages of the extra `bench` already: nothing is installed then.
@@ -10,8 +12,10 @@ BENCH_GPU_ARGS ?= --budget-minutes 25
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# By file, so that what a file's tests share is made once; one thread for each process.
+PYTEST_TESTS := OMP_NUM_THREADS=1 $(PYTEST) -n $(PYTEST_WORKERS) --dist loadfile
 # A process of its own: nothing compiles ahead of time where kernels are interpreted.
-PYTEST_KERNELS := ACS_TRITON_BACKEND=triton $(PYTEST) tests/kernels
+PYTEST_KERNELS := ACS_TRITON_BACKEND=triton $(PYTEST_TESTS) tests/kernels
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .PHONY: demo test test-slow test-all lint bench bench-gpu clean
@@ -21,16 +25,16 @@ demo: .venv/.installed-demo
 	$(BIN)/acs-triton demo $(DEMO_ARGS)
 
 test: .venv/.installed-test
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST_TESTS) -m "not slow" $(PYTEST_ARGS)
 	$(PYTEST_KERNELS) -m "not slow" $(PYTEST_ARGS)
 
 # pytest exits with 5 where no test is slow.
 test-slow: .venv/.installed-test
-	$(PYTEST) -m slow $(PYTEST_ARGS) || test $$? -eq 5
+	$(PYTEST_TESTS) -m slow $(PYTEST_ARGS) || test $$? -eq 5
 	$(PYTEST_KERNELS) -m slow $(PYTEST_ARGS) || test $$? -eq 5
 
 test-all: .venv/.installed-test
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST_TESTS) $(PYTEST_ARGS)
 	$(PYTEST_KERNELS) $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev
