@@ -119,10 +119,10 @@ def check_replay_with_other_masks(
         for first, later in ((1.0, (0.0, 0.3)), (0.0, (1.0, 0.3))):
             model = gated_network(device, name, "gap", dtype, size)
             set_gates(model, first)
-            run = capture(model, images(3, size).to(device, dtype))
+            run = capture(model, images(2, size).to(device, dtype))
             for step, share in enumerate(later):
                 set_gates(model, share, seed=step)
-                x = images(3, size, seed=step + 1).to(device, dtype)
+                x = images(2, size, seed=step + 1).to(device, dtype)
                 y, masks = run(x).clone(), model.masks()
                 assert {0.0: 0.0, 1.0: 1.0}.get(share) in (None, min(model.densities().values()))
                 assert_same_output(y, outputs(model, x, "sparse"), AGREEMENT[precision])
@@ -134,10 +134,10 @@ def check_replay_follows_the_input(
 ) -> None:
     """The gates decide at each replay, for each sample."""
     model = gated_network(device, name, gate, size=size)
-    run = capture(model, images(3, size, seed=9).to(device))
+    run = capture(model, images(2, size, seed=9).to(device))
     seen = []
-    for seed in range(4):
-        x = images(3, size, seed=seed).to(device)
+    for seed in range(3):
+        x = images(2, size, seed=seed).to(device)
         y, masks = run(x).clone(), model.masks()
         expected = outputs(model, x, "sparse")
         assert all(torch.equal(mask, masks[span]) for span, mask in model.masks().items())
@@ -151,7 +151,7 @@ def check_random_masks_change(
 ) -> None:
     """Under override_masks(density=) each replay draws new masks, of one count for each sample; sparse == hard."""
     model = gated_network(device, name, "gap", size=size)
-    x = images(3, size).to(device)
+    x = images(2, size).to(device)
     seen = []
     with model.override_masks(density=0.5, seed=3):
         run = capture(model, x)

@@ -80,6 +80,9 @@ def run_stage(stage: str, results: Results, bench: Bench, end: float, *, autotun
             }  # fmt: skip
     elif stage == "ceilings":
         content["ceilings"] = measure_ceilings(bench, content["machine"])
+        if not bench.dry:
+            # Alone too, for `python -m bench.roofline --ceilings`.
+            results.path.with_suffix(".ceilings").write_text(json.dumps(content["ceilings"], indent=1) + "\n")
     elif stage == "layers":
         cases: list[Any] = tiny_layer_plan() if bench.dry else layer_plan()
         return _run_cases(stage, cases, measure_layer, results, bench, end)

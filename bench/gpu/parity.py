@@ -19,7 +19,12 @@ SUITE = "tests/gpu"
 DRY_SUITE = "tests/kernels/test_gpu_suite_dry_run.py::test_columns"
 TOGETHER = 24
 """Tests of one process: a few seconds of start, and no more than these are lost with it."""
-MOST_PROCESSES = 8
+HEAVY = {
+    "test_networks": 2, "test_compile": 1, "test_sanitizer": 1, "test_cuda_graph": 3, "test_device": 3,
+    "test_real_layers": 8,
+}  # fmt: skip
+"""Tests of one process in files whose tests compile many kernels; these begin first."""
+MOST_PROCESSES = 14
 MESSAGE = 600
 """Characters of a failure that are kept."""
 OPERATORS = {
@@ -37,7 +42,7 @@ def run_parity(seconds: float, *, dry: bool) -> dict[str, Any]:
     """
     end = time.monotonic() + seconds
     tests = [DRY_SUITE] if dry else collect(SUITE)
-    processes = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) // 2))
+    processes = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
     with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
         parts = [pool.submit(_run, part, Path(folder) / f"{i}.xml", end) for i, part in enumerate(chunks(tests))]
         outcomes = [outcome for part in parts for outcome in part.result()]
@@ -67,14 +72,15 @@ def operator_of(test: str) -> str:
 
 
 def chunks(tests: Sequence[str]) -> list[list[str]]:
-    """Tests of one file stay together, at most `TOGETHER`; the largest files begin first."""
+    """Tests of one file stay together, but no more than it says above; what takes longest begins first."""
     by_file: dict[str, list[str]] = {}
     for test in tests:
         by_file.setdefault(test.partition("::")[0], []).append(test)
+    together = {file: HEAVY.get(Path(file).stem, TOGETHER) for file in by_file}
     return [
-        found[start : start + TOGETHER]
-        for found in sorted(by_file.values(), key=len, reverse=True)
-        for start in range(0, len(found), TOGETHER)
+        found[start : start + together[file]]
+        for file, found in sorted(by_file.items(), key=lambda item: (together[item[0]], -len(item[1])))
+        for start in range(0, len(found), together[file])
     ]
 
 

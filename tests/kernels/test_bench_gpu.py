@@ -244,8 +244,9 @@ def test_what_a_test_speaks_for():
 
 
 def test_processes_get_few_tests_of_one_file():
-    parts = parity.chunks([f"a.py::{i}" for i in range(60)] + ["b.py::0"])
-    assert [len(part) for part in parts] == [24, 24, 12, 1]
+    heavy = [f"tests/gpu/test_networks.py::{i}" for i in range(3)]
+    parts = parity.chunks([f"a.py::{i}" for i in range(60)] + ["b.py::0"] + heavy)
+    assert [len(part) for part in parts] == [2, 1, 24, 24, 12, 1]
     assert all(len({test.partition("::")[0] for test in part}) == 1 for part in parts)
 
 
