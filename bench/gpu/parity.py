@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,18 +106,22 @@ def _run(tests: Sequence[str], report: Path, end: float) -> list[dict[str, str]]
     ]  # fmt: skip
     # Many processes share the processor; each needs it for compiling only.
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False
-        )
+        told = process.communicate(timeout=left)[0][-MESSAGE:]
     except subprocess.TimeoutExpired:
+        # What a test itself started must not go on while something is timed.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return []
-    told = (done.stdout + done.stderr)[-MESSAGE:]
     outcomes = _outcomes(report) if report.exists() else []
-    if done.returncode not in (0, 1, 5):
+    if process.returncode not in (0, 1, 5):
         # The first that is not in the report is the one that broke off.
         ran = {outcome["test"] for outcome in outcomes}
-        message = f"pytest ended with {done.returncode}: {told}"
+        message = f"pytest ended with {process.returncode}: {told}"
         lost = [test for test in tests if test not in ran]
         outcomes += [{"test": test, "outcome": "failed", "message": message} for test in lost[:1]]
     return outcomes

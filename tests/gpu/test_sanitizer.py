@@ -14,7 +14,7 @@ REFUSALS = ("Device not supported", "not supported on this", "ERR_NVGPUCTRPERM",
 FOUND = 9
 
 
-@pytest.mark.timeout(570)
+@pytest.mark.timeout(480)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_nothing_is_found(tool):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -26,7 +26,7 @@ def test_nothing_is_found(tool):
     }  # fmt: skip
     # Once without it: the kernels are then compiled, and an error of another kind shows as itself.
     program = [sys.executable, "-m", "device_sanitized"]
-    plain = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    plain = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert plain.returncode == 0, plain.stderr[-3000:]
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5", *program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -229,6 +229,10 @@ def test_outcomes_of_pytest_are_read(tmp_path):
     assert "assert 1 == 2" in found[1]["message"] and "no second GPU" in found[2]["message"]
     (lost,) = parity._run([f"{suite}::test_dies"], tmp_path / "b.xml", time.monotonic() + 100)
     assert lost["outcome"] == "failed" and "pytest ended with 3" in lost["message"]
+    suite.write_text("import time\ndef test_hangs(): time.sleep(60)\n")
+    start = time.monotonic()
+    assert parity._run([f"{suite}::test_hangs"], tmp_path / "c.xml", start + 6) == []
+    assert time.monotonic() - start < 30
 
 
 def test_what_a_test_speaks_for():
