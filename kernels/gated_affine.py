@@ -13,7 +13,7 @@ from ..reference.compact_channels import CHANNEL_BLOCK, ActiveChannels
 from .columns import LINE_BYTES, check
 from .epilogue import activate
 from .launch import Chip, chip_of, launch
-from .packing import vector_length
+from .packing import lists, vector_length
 
 _PADDING: tl.constexpr = tl.constexpr(CHANNEL_BLOCK)
 
@@ -28,6 +28,7 @@ def gated_affine(
     samples, columns, height, width = x.shape
     pixels = height * width
     check("gated_affine", pixels * columns, x=x, scale=scale, shift=shift)
+    index, count = lists(active)
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     chip = chip_of(x.device)
@@ -37,8 +38,8 @@ def gated_affine(
     launch(
         affine_kernel, line_programs * -(-pixels // block_p),
         {
-            "x_ptr": x, "scale_ptr": scale, "shift_ptr": shift, "out_ptr": out,
-            "index_ptr": active.index, "count_ptr": active.count,
+            "x_ptr": x, "scale_ptr": scale.contiguous(), "shift_ptr": shift.contiguous(), "out_ptr": out,
+            "index_ptr": index, "count_ptr": count,
             "PIXELS": pixels, "COLUMNS": columns, "CHANNELS": scale.shape[0],
             # Adjacent channels that one vector of scale or shift holds.
             "RUN": gcd(active.granularity, vector_length(x.dtype)), "ACTIVATION": activation,

@@ -14,7 +14,7 @@ from ..reference.gated_conv2d import pair, sides, spatial_size
 from ..reference.gated_conv2d_pooled import POOL_ROWS
 from .implicit_gemm import conv_kernel, split_kernel
 from .launch import ConvTile, chip_of, conv_tile, launch
-from .packing import is_k_major, kernel_size, pack_conv, vector_length
+from .packing import is_k_major, kernel_size, lists, pack_conv, vector_length
 
 
 class Geometry(NamedTuple):
@@ -79,9 +79,11 @@ def run_conv(
         wide = run == vector
     tile = conv_tile(
         pixels=pixels, samples=samples, c_in=c_in, c_out=c_out, taps=kernel_h * kernel_w, in_gated=in_gated,
-        out_gated=out_gated, wide=wide, element_size=packed.element_size(), precision=precision, chip=chip_of(x.device),
+        out_gated=out_gated, wide=wide, element_size=max(x.element_size(), packed.element_size()),
+        precision=precision, chip=chip_of(x.device),
     )  # fmt: skip
-    x = x.contiguous(memory_format=torch.channels_last)
+    (in_index, in_count), (out_index, out_count) = lists(in_active), lists(out_active)
+    x, bias = x.contiguous(memory_format=torch.channels_last), None if bias is None else bias.contiguous()
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     out = torch.empty(
@@ -95,14 +97,12 @@ def run_conv(
     programs = samples * -(-pixels // tile.block_m) * -(-out_width // tile.block_n) * tile.split
     result: dict[str, Any] = {
         "bias_ptr": bias, "residual_ptr": residual, "out_ptr": out, "sums_ptr": sums, "workspace_ptr": workspace,
-        "out_index_ptr": None if out_active is None else out_active.index,
-        "out_count_ptr": None if out_active is None else out_active.count,
+        "out_index_ptr": out_index, "out_count_ptr": out_count,
         "PIXELS": pixels, "C_OUT": c_out, "OUT_WIDTH": out_width, "ACTIVATION": activation, "SPLIT": tile.split,
     }  # fmt: skip
     source: dict[str, Any] = {
         "x_ptr": x, "weight_ptr": packed,
-        "in_index_ptr": None if in_active is None else in_active.index,
-        "in_count_ptr": None if in_active is None else in_active.count,
+        "in_index_ptr": in_index, "in_count_ptr": in_count,
         "H": height, "W": width, "C_IN": c_in, "IN_WIDTH": in_width, "OUT_W": out_w,
         "KERNEL_H": kernel_h, "KERNEL_W": kernel_w, "STRIDE_H": stride_h, "STRIDE_W": stride_w,
         "PAD_TOP": top, "PAD_LEFT": left, "PADDED": max(left, right, top, bottom) > 0,

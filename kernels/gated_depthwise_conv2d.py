@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
 
 import torch
@@ -20,7 +21,7 @@ from ..reference.gated_conv2d import pair, sides
 from .columns import LANES, LINE_BYTES, check
 from .epilogue import activate
 from .launch import Chip, chip_of, launch
-from .packing import vector_length
+from .packing import lists, vector_length
 
 _PADDING: tl.constexpr = tl.constexpr(CHANNEL_BLOCK)
 
@@ -79,7 +80,8 @@ def gated_depthwise_conv2d_packed(
     out_w = (width + left + right - reach_w) // stride_w + 1
     elements = columns * max(height * width, out_h * out_w)
     check("gated_depthwise_conv2d", elements, x=x, weight=packed, bias=bias)
-    x = x.contiguous(memory_format=torch.channels_last)
+    index, count = lists(active)
+    x, bias = x.contiguous(memory_format=torch.channels_last), None if bias is None else bias.contiguous()
     out = torch.empty(
         (samples, columns, out_h, out_w), dtype=packed.dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -91,7 +93,7 @@ def gated_depthwise_conv2d_packed(
         depthwise_kernel, samples * tile.programs(columns, out_h, out_w),
         {
             "x_ptr": x, "weight_ptr": packed, "bias_ptr": bias, "out_ptr": out,
-            "index_ptr": active.index, "count_ptr": active.count,
+            "index_ptr": index, "count_ptr": count,
             "H": height, "W": width, "COLUMNS": columns, "OUT_H": out_h, "OUT_W": out_w, "WEIGHT_ROW": weight_row,
             "CHANNELS": 0 if bias is None else bias.shape[0], "KERNEL_H": kernel_h, "KERNEL_W": kernel_w,
             "STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_TOP": top, "PAD_LEFT": left,
@@ -120,6 +122,7 @@ class DepthwiseTile:
         return columns // self.block_c * -(-out_h // self.rows) * -(-out_w // (self.strips * self.strip))
 
 
+@lru_cache(maxsize=4096)
 def depthwise_tile(
     *,
     samples: int,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -62,6 +64,7 @@ STEP_LATENCY = 60  # of one step of the main loop that waits for nothing else
 LAUNCH = 2500  # the least that any launch takes; a split sum costs a second one
 
 
+@lru_cache(maxsize=4096)
 def conv_tile(
     *,
     pixels: int,
@@ -151,27 +154,28 @@ class Launch:
     num_stages: int
 
 
-_recording: list[tuple[Chip, list[Launch]]] = []
+_recording: ContextVar[tuple[Chip, list[Launch]] | None] = ContextVar("_recording", default=None)
 
 
 @contextmanager
 def record(chip: Chip) -> Iterator[list[Launch]]:
-    """Inside the block no kernel runs: each launch is appended to the list, with the tiles chosen for `chip`.
+    """Inside the block no kernel of this thread runs: each launch is appended to the list, with tiles for `chip`.
 
     With tensors on the meta device, this shows what would be compiled and launched, without a GPU.
     """
     launches: list[Launch] = []
-    _recording.append((chip, launches))
+    token = _recording.set((chip, launches))
     try:
         yield launches
     finally:
-        _recording.pop()
+        _recording.reset(token)
 
 
 def chip_of(device: torch.device) -> Chip:
     """The chip that `device` is; an H100 where kernels are interpreted."""
-    if _recording:
-        return _recording[-1][0]
+    recording = _recording.get()
+    if recording is not None:
+        return recording[0]
     return _chip(device.index or 0) if device.type == "cuda" else H100
 
 
@@ -187,9 +191,10 @@ def launch(
     """Run `programs` programs of `kernel` on the device of the first tensor among `arguments`."""
     if programs == 0:
         return
-    if _recording:
+    recording = _recording.get()
+    if recording is not None:
         types = {name: value.dtype if isinstance(value, Tensor) else value for name, value in arguments.items()}
-        _recording[-1][1].append(Launch(kernel, programs, types, num_warps, num_stages))
+        recording[1].append(Launch(kernel, programs, types, num_warps, num_stages))
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "cpu":
@@ -205,8 +210,12 @@ def _interpret(kernel: Any, programs: int, arguments: Mapping[str, Any]) -> None
             "ACS_TRITON_BACKEND=triton: Triton's interpreter computes bfloat16 wrongly on CPU tensors; "
             "use float32 or float16, or unset it"
         )
-    with _device_functions_interpreted():
+    with _interpreting, _device_functions_interpreted():
         _interpreted(getattr(kernel, "fn", kernel))[(programs,)](**arguments)
+
+
+# The interpreter replaces functions of the language while it runs.
+_interpreting = RLock()
 
 
 @cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference.compact_channels import ActiveChannels
+
 
 def pack_conv(weight: Tensor, *, in_gated: bool, out_gated: bool) -> Tensor:
     """The weight [C_out, C_in, kh, kw] in the layout from which 16 bytes at a time can be gathered.
@@ -31,6 +33,11 @@ def kernel_size(packed: Tensor, *, in_gated: bool, out_gated: bool) -> tuple[int
     """(kh, kw) of a packed weight."""
     first = 1 if is_k_major(packed.dtype, in_gated=in_gated, out_gated=out_gated) else 0
     return packed.shape[first], packed.shape[first + 1]
+
+
+def lists(active: ActiveChannels | None) -> tuple[Tensor | None, Tensor | None]:
+    """Index and count as the kernels step through them, whatever view they are; (None, None) for a dense side."""
+    return (None, None) if active is None else (active.index.contiguous(), active.count.contiguous())
 
 
 def vector_length(dtype: torch.dtype) -> int:

@@ -72,7 +72,7 @@ def test_a_changed_gate_is_seen(gate: str) -> None:
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("gate", ["gap", "acs"])
+@pytest.mark.parametrize("gate", ["acs", pytest.param("gap", marks=pytest.mark.slow)])
 def test_compiled_models_see_other_masks_and_weights(gate: str) -> None:
     torch._dynamo.reset()
     model, x = fresh(gate), images(3, 8)
