@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from acs_triton.kernels.launch import Chip, Launch
 
-from .assembly import AMDGCN, PTX, SASS, Loop, labelled, main_loop
+from .assembly import AMDGCN, PTX, Loop, main_loop
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,12 @@ class Job:
 class Compiled:
     """What the compiler made of a launch.
 
-    registers: of one lane. stack: bytes of one lane in memory, spilled registers most of all; spills: instructions of
-    the main loop that reach it. shared: bytes of one program. programs: how many fit on a processor at once.
-    error: the compiler's, and then nothing else is known.
+    registers: of one lane. stack: bytes of one lane in memory, where spilled registers go. shared: bytes of one
+    program. programs: how many fit on a processor at once. error: the compiler's, and then nothing else is known.
     """
 
     registers: int = 0
     stack: int = 0
-    spills: int = 0
     shared: int = 0
     programs: int = 0
     loop: Loop | None = None
@@ -105,13 +103,13 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         source = ASTSource(launch.kernel, *_specialised(launch.kernel, launch.arguments, target))
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         kernel = triton.compile(source, target=target.gpu, options=options)
-        registers, stack, spills = _amd_resources(kernel) if target.chip.amd else _nvidia_resources(kernel)
+        registers, stack = _amd_resources(kernel) if target.chip.amd else _nvidia_resources(kernel)
     except Exception as error:  # noqa: BLE001 - whatever stops the compiler is a result
         return Compiled(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
     text, dialect = (kernel.asm["amdgcn"], AMDGCN) if target.chip.amd else (kernel.asm["ptx"], PTX)
     shared = kernel.metadata.shared
     programs = _programs(target, registers, shared, launch.num_warps, getattr(kernel.metadata, "tmem_size", 0) or 0)
-    return Compiled(registers, stack, spills, shared, programs, main_loop(text, dialect))
+    return Compiled(registers, stack, shared, programs, main_loop(text, dialect))
 
 
 def _specialised(kernel: Any, arguments: Mapping[str, Any], target: Target) -> tuple[dict, dict, dict]:
@@ -144,34 +142,25 @@ def _specialised(kernel: Any, arguments: Mapping[str, Any], target: Target) -> t
     return signature, constants, attributes
 
 
-def _nvidia_resources(kernel: Any) -> tuple[int, int, int]:
+def _nvidia_resources(kernel: Any) -> tuple[int, int]:
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-
-        def dump(option: str) -> str:
-            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-        usage = dump("-res-usage")
-        found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
-        if found is None:
-            raise ValueError(f"cuobjdump printed no resources: {usage!r}")
-        stack = int(found[2]) + int(found[3])
-        loop = main_loop(labelled(dump("-sass")), SASS) if stack else None
-    return int(found[1]), stack, _spills(loop)
+        command = [tool, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump printed no resources: {usage!r}")
+    return int(found[1]), int(found[2]) + int(found[3])
 
 
-def _amd_resources(kernel: Any) -> tuple[int, int, int]:
+def _amd_resources(kernel: Any) -> tuple[int, int]:
     text = kernel.asm["amdgcn"]
     number = {name: int(value) for name, value in re.findall(r"^\s*(?:- )?\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
     # Spilled scalars go to vector registers, and may well: only what reaches memory counts.
     stack = max(number["private_segment_fixed_size"], 4 * number["vgpr_spill_count"])
-    return number["vgpr_count"], stack, _spills(main_loop(text, AMDGCN))
-
-
-def _spills(loop: Loop | None) -> int:
-    return 0 if loop is None or loop.unrolled else loop.stack
+    return number["vgpr_count"], stack
 
 
 def _programs(target: Target, registers: int, shared: int, num_warps: int, columns: int) -> int:

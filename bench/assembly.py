@@ -1,10 +1,10 @@
-"""What the main loop of a compiled kernel does, read from its assembly text (PTX, SASS or amdgcn)."""
+"""What the main loop of a compiled kernel does, read from its assembly text (PTX or amdgcn)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Dialect:
     """How one assembly language is written; patterns match an instruction without its predicate.
 
     copies: (pattern, width in bytes) of loads from global memory into a tile; where the width is None, the
-    pattern's group holds it. scalar: loads of at most 16 bits. stack: what reaches a lane's memory.
+    pattern's group holds it. scalar: loads of at most 16 bits.
     matrix: by name, what multiplies tiles.
     """
 
@@ -23,11 +23,8 @@ class Dialect:
     comment: str
     copies: tuple[tuple[re.Pattern[str], int | None], ...]
     scalar: re.Pattern[str]
-    stack: re.Pattern[str]
     matrix: dict[str, re.Pattern[str]]
 
-
-NEVER = re.compile(r"(?!)")
 
 PTX = Dialect(
     # Inline assembly has labels of its own, visible only inside its braces: not blocks.
@@ -38,7 +35,6 @@ PTX = Dialect(
     comment="//",
     copies=((re.compile(r"cp\.async\.c[ag]\.shared\.global\S*\s*\[[^\]]*\]\s*,\s*\[[^\]]*\]\s*,\s*(\w+)"), None),),
     scalar=re.compile(r"ld\.global(?:\.(?!v\d)\w+)*\.[bfsu](?:8|16)\b|ld\.global(?:\.(?!v\d)\w+)*\.bf16\b"),
-    stack=NEVER,  # spills come later, in SASS
     matrix={
         "wgmma": re.compile(r"wgmma\.mma_async"),
         "mma.sync": re.compile(r"mma\.sync"),
@@ -58,20 +54,7 @@ AMDGCN = Dialect(
         (re.compile(r"(?:global|buffer)_load_dword\b"), 4),
     ),
     scalar=re.compile(r"(?:global|buffer)_load_[us](?:short|byte)|(?:global|buffer)_load_short"),
-    stack=re.compile(r"scratch_"),
     matrix={"mfma": re.compile(r"v_mfma")},
-)
-# As `labelled` writes it; only the stack is read from here, the rest is plainer in PTX.
-SASS = Dialect(
-    label=re.compile(r"(L[0-9a-f]+):"),
-    jump=re.compile(r"BRA\S*\s+(L[0-9a-f]+)"),
-    branch=re.compile(r"(?:@!?U?P\w+\s+BRA\S*|BRA\S*\s+!?U?P\w+,)\s+(?:!?U?P\w+,\s*)?(L[0-9a-f]+)"),
-    end=re.compile(r"EXIT"),
-    comment=";",
-    copies=(),
-    scalar=NEVER,
-    stack=re.compile(r"(?:LDL|STL)\b"),
-    matrix={"mma": re.compile(r"\w*MMA\b")},
 )
 
 
@@ -87,16 +70,14 @@ class Block:
 class Loop:
     """Counts of one loop, in instructions of one thread. matrix: by name, only those that occur.
 
-    unrolled: there is no such loop, these are the counts of the whole kernel.
+    Where no loop has the matrix instructions, of the whole kernel.
     """
 
     instructions: int
     copies16: int
     copies_narrow: int
     scalar_loads: int
-    stack: int
     matrix: dict[str, int]
-    unrolled: bool = False
 
 
 def main_loop(text: str, dialect: Dialect) -> Loop | None:
@@ -107,23 +88,8 @@ def main_loop(text: str, dialect: Dialect) -> Loop | None:
     graph = blocks(text, dialect)
     counted = [_count(loop, dialect) for loop in loops(graph)]
     if not any(loop.matrix for loop in counted) and (everything := _count(graph, dialect)).matrix:
-        return replace(everything, unrolled=True)
+        return everything
     return max(counted, key=lambda loop: (sum(loop.matrix.values()), loop.instructions), default=None)
-
-
-def labelled(text: str) -> str:
-    """What cuobjdump prints of SASS, with labels in the place of addresses."""
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?;)", text, re.MULTILINE)
-    width = max((len(address) for address, _ in lines), default=0)
-    targets = {int(target, 16) for _, line in lines for target in re.findall(r"BRA.*?0x([0-9a-f]+)", line)}
-    written = []
-    for address, line in lines:
-        if int(address, 16) in targets:
-            written.append(f"L{int(address, 16):0{width}x}:")
-        written.append(
-            re.sub(r"(BRA.*?)0x([0-9a-f]+)", lambda found: f"{found[1]}L{int(found[2], 16):0{width}x}", line)
-        )
-    return "\n".join(written)
 
 
 def blocks(text: str, dialect: Dialect) -> list[Block]:
@@ -177,7 +143,7 @@ def _instructions(text: str, dialect: Dialect) -> Iterator[str]:
 
 
 def _count(loop: list[Block], dialect: Dialect) -> Loop:
-    lines = [re.sub(r"^@!?(?:%|U?P)\w+\s+", "", line) for block in loop for line in block.instructions]
+    lines = [re.sub(r"^@!?%\w+\s+", "", line) for block in loop for line in block.instructions]
     widths = [width for line in lines if (width := _width(line, dialect)) is not None]
     matrix = {name: sum(bool(pattern.match(line)) for line in lines) for name, pattern in dialect.matrix.items()}
     return Loop(
@@ -185,7 +151,6 @@ def _count(loop: list[Block], dialect: Dialect) -> Loop:
         copies16=sum(width == 16 for width in widths),
         copies_narrow=sum(width != 16 for width in widths),
         scalar_loads=sum(bool(dialect.scalar.match(line)) for line in lines),
-        stack=sum(bool(dialect.stack.match(line)) for line in lines),
         matrix={name: count for name, count in matrix.items() if count},
     )
 

@@ -29,7 +29,7 @@ from .contract import violations
 COMMITTED = Path(__file__).parent / "results" / "compile_report.json"
 WORKERS = 2
 COLUMNS = (
-    "registers", "stack", "spills", "shared", "programs",
+    "registers", "stack", "shared", "programs",
     "copies16", "copies_narrow", "scalar_loads", "matrix", "instructions",
 )  # fmt: skip
 
@@ -184,11 +184,11 @@ def _values(compiled: Compiled) -> dict[str, Any]:
     if compiled.error:
         return {"error": compiled.error}
     loop = compiled.loop
-    own = {name: getattr(compiled, name) for name in COLUMNS[:5]}
+    own = {name: getattr(compiled, name) for name in COLUMNS[:4]}
     if loop is None:
         return own
     matrix = " ".join(f"{name}:{count}" for name, count in loop.matrix.items())
-    return {**own, **{name: getattr(loop, name) for name in COLUMNS[5:] if name != "matrix"}, "matrix": matrix}
+    return {**own, **{name: getattr(loop, name) for name in COLUMNS[4:] if name != "matrix"}, "matrix": matrix}
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

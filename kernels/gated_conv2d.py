@@ -133,7 +133,9 @@ def _add_splits(result: dict[str, Any], samples: int, tile: ConvTile) -> None:
     block_m = min(tile.block_m, POOL_ROWS)
     block_n = 32  # small maps have few tiles: narrow ones keep more of the chip at work
     tiles = -(-result["PIXELS"] // block_m) * -(-result["OUT_WIDTH"] // block_n)
-    launch(split_kernel, samples * tiles, {**result, "BLOCK_M": block_m, "BLOCK_N": block_n}, num_stages=1)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    # Eight values a thread: with twice as many, sm_100's assembler spills.
+    launch(split_kernel, samples * tiles, {**result, **blocks}, num_warps=block_m * block_n // 256, num_stages=1)
 
 
 def _check(x: Tensor, packed: Tensor, in_elements: int, out_elements: int) -> None:

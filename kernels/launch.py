@@ -53,8 +53,8 @@ class ConvTile:
 CONV_BLOCKS = {(64, 32): 4, (64, 64): 4, (64, 128): 4, (128, 32): 4, (128, 64): 4, (128, 128): 8, (256, 64): 8}
 # Maps too small for 64 rows: channels become the rows of the matrix product.
 SWAPPED_BLOCKS = {(16, 64): 4, (32, 64): 4}
-# Without matrix units larger tiles spill.
-IEEE_BLOCKS = {(64, 32): 4, (64, 64): 4}
+# Without matrix units larger tiles spill, and so does the narrow one on sm_100 with 4 warps.
+IEEE_BLOCKS = {(64, 32): 8, (64, 64): 4}
 SPLITS = (1, 2, 4, 8)
 
 # What an H100 is expected to do, in nanoseconds and bytes; only their ratios decide. Not measured with these kernels.
@@ -111,13 +111,13 @@ def conv_tile(
             block: warps for block, warps in SWAPPED_BLOCKS.items() if block[0] >= pixels
         }
     else:
-        blocks = _blocks(ieee, out_gated, wide)
+        blocks = _blocks(ieee, in_gated, out_gated, wide)
     (block_m, block_n), split = min(((block, split) for block in blocks for split in SPLITS), key=nanoseconds)
     stages = _stages((block_m + block_n) * block_k * element_size, in_gated, chip)
     return ConvTile(block_m, block_n, block_k, blocks[block_m, block_n], stages, swapped, split)
 
 
-def _blocks(ieee: bool, out_gated: bool, wide: bool) -> Mapping[tuple[int, int], int]:
+def _blocks(ieee: bool, in_gated: bool, out_gated: bool, wide: bool) -> Mapping[tuple[int, int], int]:
     """The blocks that hold no more than a thread's registers on every chip, and their warps."""
     if ieee:
         return IEEE_BLOCKS
@@ -125,8 +125,10 @@ def _blocks(ieee: bool, out_gated: bool, wide: bool) -> Mapping[tuple[int, int],
         # Each element of the weight has an address of its own.
         return {block: warps for block, warps in CONV_BLOCKS.items() if block[0] == 64 and block[1] <= 64}
     if not out_gated:
-        # Where all channels run, narrow blocks only save registers that sm_100's assembler then uses badly.
-        return {block: warps for block, warps in CONV_BLOCKS.items() if block != (128, 32)}
+        # Where all channels run, narrow blocks only save registers that sm_100's assembler then uses badly; with two
+        # dense sides the tallest spills on sm_80.
+        dropped = {(128, 32)} if in_gated else {(128, 32), (256, 64)}
+        return {block: warps for block, warps in CONV_BLOCKS.items() if block not in dropped}
     return CONV_BLOCKS
 
 

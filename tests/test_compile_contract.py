@@ -6,7 +6,6 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from acs_triton import kernels
 from acs_triton.kernels.launch import CONV_BLOCKS, IEEE_BLOCKS, SWAPPED_BLOCKS, Launch
 from bench import compile_report
 from bench.aot import TARGETS, Compiled, compile_launch
-from bench.assembly import AMDGCN, PTX, SASS, labelled, main_loop
+from bench.assembly import AMDGCN, PTX, main_loop
 from bench.compile_calls import DTYPES
 from bench.compile_report import Row, cross_section, difference, pool, rows, start
 from bench.contract import full_width, violations
@@ -137,16 +136,8 @@ def test_spilled_registers_are_found(target, warps):
     """The sums alone take all registers of a lane: 256 on sm_90, 512 on gfx942."""
     launch = product(block_m=256, block_n=128, block_k=16, stages=1, warps=warps)
     compiled = compile_launch(launch, TARGETS[target])
-    assert compiled.stack > 0 and compiled.spills > 0
+    assert compiled.stack > 0
     assert "bytes of stack" in "; ".join(violations(launch, compiled, TARGETS[target]))
-
-
-@pytest.mark.parametrize("stack, spills, ok", [(0, 0, True), (64, 0, True), (65, 0, False), (8, 1, False)])
-def test_only_what_is_parked_outside_of_the_loop_is_let_through(stack, spills, ok):
-    launch = product()
-    compiled = compile_launch(launch, TARGETS["sm_90"])
-    parked = replace(compiled, stack=stack, spills=spills)
-    assert (violations(launch, parked, TARGETS["sm_90"]) == []) is ok
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -216,22 +207,6 @@ $L__BB0_3:
     assert (loop.instructions, loop.copies16, loop.copies_narrow, loop.scalar_loads) == (8, 1, 1, 1)
     assert loop.matrix == {"tcgen05": 1}
     assert main_loop("v_add_u32 v1, v1, v2\ns_endpgm", AMDGCN) is None
-
-
-def test_labels_stand_for_addresses():
-    text = """
-        /*0010*/                   STL [R1], R3 ;                /* 0x00 */
-        /*0020*/                   HMMA.16816.F32 R1, R2, R3 ;   /* 0x00 */
-        /*0030*/                   LDL.LU R3, [R1] ;             /* 0x00 */
-        /*0040*/               @P0 BRA 0x20 ;                    /* 0x00 */
-        /*0050*/                   BRA.U !UP1, 0x70 ;            /* 0x00 */
-        /*0060*/              @!P1 EXIT ;                        /* 0x00 */
-        /*0070*/                   EXIT ;                        /* 0x00 */
-        /*0080*/                   BRA 0x80;                     /* 0x00 */
-"""
-    loop = main_loop(labelled(text), SASS)
-    assert loop is not None
-    assert (loop.instructions, loop.stack, loop.matrix, loop.unrolled) == (3, 1, {"mma": 1}, False)
 
 
 def test_differences_name_what_changed():
