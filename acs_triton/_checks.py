@@ -53,6 +53,12 @@ def check_vector(function: str, argument: str, value: Tensor, length: int) -> No
         raise ValueError(f"{function}: {argument} must have shape ({length},), got {tuple(value.shape)}")
 
 
+def check_devices(function: str, x: Tensor, **tensors: Tensor | None) -> None:
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{function}: {argument} is on {tensor.device}, x is on {x.device}; move them together")
+
+
 def check_active(function: str, argument: str, active: ActiveChannels | None, x: Tensor, channels: int) -> None:
     if not isinstance(active, ActiveChannels):
         raise TypeError(
@@ -107,13 +113,14 @@ def check_conv(
     if weight.dim() != 4:
         raise ValueError(f"{function}: weight must be [C_out, C_in, kh, kw], got shape {tuple(weight.shape)}")
     check_input(function, x, argument, active, channels, activation)
-    if weight.device != x.device:
-        raise ValueError(f"{function}: weight is on {weight.device}, x is on {x.device}; move them together")
+    check_devices(function, x, weight=weight, bias=bias)
     if bias is not None:
         check_vector(function, "bias", bias, weight.shape[0])
     for name, value, lengths in (("stride", stride, (2,)), ("padding", padding, (2, 4)), ("dilation", dilation, (2,))):
-        if not isinstance(value, int) and len(value) not in lengths:
-            raise ValueError(f"{function}: {name} must be an int or have {lengths} values, got {value!r}")
+        if not _are_ints(value, lengths):
+            raise ValueError(
+                f"{function}: {name} must be an int or {' or '.join(map(str, lengths))} ints, got {value!r}"
+            )
     if min(pair(stride)) < 1 or min(pair(dilation)) < 1 or min(sides(padding)) < 0:
         raise ValueError(
             f"{function}: stride and dilation must be positive and padding not negative, "
@@ -123,24 +130,47 @@ def check_conv(
         raise ValueError(f"{function}: the kernel {tuple(weight.shape[2:])} does not fit x {tuple(x.shape)}; pad more")
 
 
+def _are_ints(value: object, lengths: tuple[int, ...]) -> bool:
+    # Under tracing they are symbols.
+    whole = (int, torch.SymInt)
+    if isinstance(value, (list, tuple)):
+        return len(value) in lengths and all(isinstance(each, whole) for each in value)
+    return isinstance(value, whole)
+
+
 def check_mask(mask: Tensor, granularity: int) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"compact_channels: mask must be bool, got {mask.dtype}; compare the probabilities first")
     if mask.dim() != 2:
         raise ValueError(f"compact_channels: mask must be [N, C], got shape {tuple(mask.shape)}")
-    if granularity < 1 or mask.shape[1] % granularity:
+    if mask.shape[1] < 1 or granularity < 1 or mask.shape[1] % granularity:
         raise ValueError(
-            f"compact_channels: granularity must be positive and divide C = {mask.shape[1]}, got {granularity}"
+            f"compact_channels: mask needs a channel, and granularity must be positive and divide C = {mask.shape[1]}, "
+            f"got {granularity}"
         )
 
 
-def check_gate(pooled: Tensor, w1: Tensor, b1: Tensor, heads: Sequence[Head], in_active: ActiveChannels | None) -> None:
+def check_gate(
+    pooled: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    heads: Sequence[Head],
+    in_active: ActiveChannels | None,
+    pixels: int,
+) -> None:
     if pooled.dim() not in (2, 3) or w1.dim() != 2:
         raise ValueError(
             "gate_head: expected pooled [N, C_in] or sums [N, tiles, C_in], and w1 [hidden, C_in], "
             f"got {tuple(pooled.shape)} and {tuple(w1.shape)}"
         )
+    if not pooled.is_floating_point():
+        raise TypeError(f"gate_head: pooled must be floating point, got {pooled.dtype}")
+    if pixels < 1 or 0 in pooled.shape[1:]:
+        raise ValueError(
+            f"gate_head: pixels must be positive and pooled not empty, got {pixels} and {tuple(pooled.shape)}"
+        )
     hidden, c_in = w1.shape
+    check_devices("gate_head", pooled, w1=w1, b1=b1)
     if in_active is not None:
         check_active("gate_head", "in_active", in_active, pooled, c_in)
     width = c_in if in_active is None else padded_channels(c_in)
@@ -150,7 +180,7 @@ def check_gate(pooled: Tensor, w1: Tensor, b1: Tensor, heads: Sequence[Head], in
             f"got {tuple(pooled.shape)}"
         )
     check_vector("gate_head", "b1", b1, hidden)
-    _check_heads("gate_head", "w2", heads, hidden)
+    _check_heads("gate_head", pooled, "w2", heads, hidden)
 
 
 def check_conv_gate(hidden: Tensor, heads: Sequence[Head]) -> None:
@@ -158,10 +188,12 @@ def check_conv_gate(hidden: Tensor, heads: Sequence[Head]) -> None:
         raise ValueError(
             f"conv_gate_head: hidden must be floating point [N, C, h, w], got {hidden.dtype} {tuple(hidden.shape)}"
         )
-    _check_heads("conv_gate_head", "matrix", heads, 9 * hidden.shape[1])
+    _check_heads("conv_gate_head", hidden, "matrix", heads, 9 * hidden.shape[1])
 
 
-def _check_heads(function: str, argument: str, heads: Sequence[Head], features: int) -> None:
+def _check_heads(function: str, x: Tensor, argument: str, heads: Sequence[Head], features: int) -> None:
+    if not heads:
+        raise ValueError(f"{function}: heads is empty; give (weight, bias, channels, granularity) for each span")
     for weight, bias, channels, granularity in heads:
         if granularity < 1 or channels % granularity or weight.shape != (channels // granularity, features):
             raise ValueError(
@@ -169,3 +201,4 @@ def _check_heads(function: str, argument: str, heads: Sequence[Head], features: 
                 f"granularity {granularity}, got {tuple(weight.shape)}"
             )
         check_vector(function, "bias of a head", bias, weight.shape[0])
+        check_devices(function, x, **{f"{argument} of a head": weight, "bias of a head": bias})

@@ -30,7 +30,8 @@ class GraphedModel:
         _check_example(model, example_input)
         self._model = model
         device = example_input.device
-        with torch.cuda.device(device), model.set_mode("sparse"), torch.no_grad():
+        # Buffers made in inference mode could not be written outside of it.
+        with torch.cuda.device(device), model.set_mode("sparse"), torch.inference_mode(False), torch.no_grad():
             model.lower()
             self._input = example_input.detach().clone(memory_format=torch.preserve_format)
             side = torch.cuda.Stream(device)
@@ -44,8 +45,12 @@ class GraphedModel:
                 self._output = model(self._input)
         caches = model._caches
         self._record, self._record_shape = caches.record, caches.recorded_input
-        # Held, so that no tensor that the graph reads is freed.
-        self._lowered = caches.lowered
+        lowered = caches.lowered
+        assert lowered is not None  # the forward above lowered
+        # Held, so that nothing that the graph reads is freed: packed weights, and what is not packed, by its memory,
+        # which a parameter may leave.
+        self._lowered, self._sources = lowered, lowered.sources
+        self._read = [tensor.detach() for tensor in lowered.sources.tensors]
         self._settings = self._current_settings()
 
     def __call__(self, x: Tensor) -> Any:
@@ -71,7 +76,13 @@ class GraphedModel:
     def _refuse_if_stale(self) -> None:
         caches = self._model._caches
         lowered = caches.lowered
-        if lowered is None or lowered is not self._lowered or caches.stale or lowered.sources.changed():
+        if (
+            lowered is None
+            or lowered is not self._lowered
+            or caches.stale
+            or lowered.sources.changed()
+            or not lowered.sources.same_memory(self._sources)
+        ):
             raise RuntimeError(
                 "cuda_graph: the model changed after the capture (weights, modules, dtype, device or training); "
                 "call eval() and model.lower(), then run again or, if it still refuses, capture again"

@@ -60,7 +60,8 @@ class KernelEmitter(Emitter):
         arguments = (x, weight, bias, tuple(folded.weight.shape), in_active, out_active, residual, *end)
         masked, name = self._fusion.skip_identity(conv_node.args[0]), self._producers.get(conv_node)
         layer = Layer(str(conv_node.target), None if in_active is None else str(masked.args[3]), name)
-        if fused.last not in self._pooled:
+        # Sums taken here would miss what is written to the result later.
+        if fused.last not in self._pooled or fused.last in self._fusion.written:
             value = self.graph.call_function(packed.conv, arguments)
             value.meta["layer"] = layer
             return value

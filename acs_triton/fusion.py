@@ -33,6 +33,7 @@ class Fusion:
     conv_nodes: the convolutions that lowering replaces. swallowed: nodes that vanish into one of them.
     fused_at: by the node at whose place it runs, a convolution and what it takes in.
     inside_spans: producers and bodies of spans, whose results are compact.
+    written: nodes whose result something later writes to in place.
     """
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], inside_spans: set[fx.Node]) -> None:
@@ -40,7 +41,7 @@ class Fusion:
         self._inside_spans = inside_spans
         self.swallowed: set[fx.Node] = set()
         self.fused_at: dict[fx.Node, tuple[fx.Node, Fused]] = {}
-        self._written = self._written_in_place(graph)
+        self.written = self._written_in_place(graph)
         self.conv_nodes = [node for node in graph.nodes if self._is_foldable_conv(node)]
         for node in self.conv_nodes:
             self._fuse(node)
@@ -80,7 +81,7 @@ class Fusion:
         if not isinstance(other, fx.Node) or other.op == "get_attr" or self.skip_identity(other) is fused.last:
             return follower
         # The convolution moves down to the add: what it reads must not be written in between.
-        if self.skip_identity(conv_node.args[0]) in self._written or self.is_masked(other):
+        if self.skip_identity(conv_node.args[0]) in self.written or self.is_masked(other):
             return follower
         if any(earlier.last is other and earlier.residual is fused.last for _, earlier in self.fused_at.values()):
             return follower

@@ -23,6 +23,7 @@ from ._checks import (
     check_active,
     check_conv,
     check_conv_gate,
+    check_devices,
     check_gate,
     check_input,
     check_mask,
@@ -182,6 +183,7 @@ def _checked_conv(
     )
     if out_active is not None:
         check_active(function, "out_active", out_active, x, weight.shape[0])
+    check_devices(function, x, residual=residual)
     if residual is not None:
         shape = (x.shape[0], weight.shape[0], *output_size(x, weight, stride, padding, dilation))
         if out_active is not None:
@@ -237,6 +239,7 @@ def gated_affine(
         if value.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"gated_affine: {argument} must be {x.dtype} or torch.float32, got {value.dtype}")
         check_vector("gated_affine", argument, value, scale.shape[0])
+    check_devices("gated_affine", x, scale=scale, shift=shift)
     if run_direct(x):
         return implementation(x.device).gated_affine(x, scale, shift, active=active, activation=activation)
     return torch.ops.acs_triton.gated_affine(x, scale, shift, *flat(active), activation)
@@ -261,7 +264,7 @@ def gate_head(
     Raises ValueError or TypeError for a wrong argument, RuntimeError if an input requires grad.
     """
     refuse_grad("gate_head", (pooled, w1, b1, *[tensor for head in heads for tensor in head[:2]]))
-    check_gate(pooled, w1, b1, heads, in_active)
+    check_gate(pooled, w1, b1, heads, in_active, pixels)
     if run_direct(pooled):
         return implementation(pooled.device).gate_head(
             pooled, w1, b1, heads, in_active=in_active, threshold=threshold, pixels=pixels

@@ -13,7 +13,7 @@ from ..reference.compact_channels import ActiveChannels, padded_channels
 from ..reference.gated_conv2d import pair, sides, spatial_size
 from ..reference.gated_conv2d_pooled import POOL_ROWS
 from .implicit_gemm import conv_kernel, split_kernel
-from .launch import ConvTile, chip_of, conv_tile, launch
+from .launch import GATHERS_VECTORS, ConvTile, chip_of, conv_tile, launch
 from .packing import is_k_major, kernel_size, lists, pack_conv, vector_length
 
 
@@ -75,7 +75,7 @@ def run_conv(
         run, wide = 1, in_active is not None or c_in % vector == 0
     else:
         # Adjacent channels of the gathered columns that one vector holds.
-        run = gcd(in_active.granularity, vector)
+        run = gcd(in_active.granularity, vector) if packed.element_size() == 4 or GATHERS_VECTORS else 1
         wide = run == vector
     tile = conv_tile(
         pixels=pixels, samples=samples, c_in=c_in, c_out=c_out, taps=kernel_h * kernel_w, in_gated=in_gated,

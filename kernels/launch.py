@@ -10,10 +10,17 @@ from functools import cache, lru_cache
 from threading import RLock
 from typing import Any
 
+import numpy
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+GATHERS_VECTORS = _TRITON >= (3, 6)
+"""Before, the compiler fails at a gather of adjacent 16-bit values: they are gathered one by one, which is slow."""
+_NEWEST_NUMPY = (2, 3)
+"""That the interpreter of Triton before 3.7 works with."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +218,11 @@ def _interpret(kernel: Any, programs: int, arguments: Mapping[str, Any]) -> None
         raise TypeError(
             "ACS_TRITON_BACKEND=triton: Triton's interpreter computes bfloat16 wrongly on CPU tensors; "
             "use float32 or float16, or unset it"
+        )
+    if _TRITON < (3, 7) and tuple(int(part) for part in numpy.__version__.split(".")[:2]) > _NEWEST_NUMPY:
+        raise RuntimeError(
+            f"ACS_TRITON_BACKEND=triton: the interpreter of Triton {triton.__version__} fails with numpy "
+            f"{numpy.__version__}; install numpy<2.4, or Triton 3.7 or newer"
         )
     with _interpreting, _device_functions_interpreted():
         _interpreted(getattr(kernel, "fn", kernel))[(programs,)](**arguments)

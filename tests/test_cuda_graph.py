@@ -139,6 +139,32 @@ def test_lowering_again_is_seen(model: ACSModel, graphed: cuda_graph.GraphedMode
     assert not torch.equal(after, before)
 
 
+REPLACED = {
+    "module": lambda model: setattr(model, "8", nn.Linear(8, 4)),
+    "assigned": lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
+    "data": lambda model: setattr(model.get_parameter("8.weight"), "data", torch.randn(4, 8)),
+    "dtypes": lambda model: model.double().float(),
+}
+
+
+@pytest.mark.parametrize("again", [lambda model: model.lower(), lambda model: model.eval()], ids=["lower", "eval"])
+@pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
+def test_other_memory_refuses_even_lowered_again(model: ACSModel, graphed, change, again) -> None:
+    """The graph reads what is not packed, such as the classifier, where it was."""
+    kept = model.get_parameter("8.weight").data_ptr()
+    change(model)
+    again(model)
+    assert kept in [tensor.data_ptr() for tensor in graphed._read]
+    with pytest.raises(RuntimeError, match="model changed after the capture"):
+        graphed(torch.randn(2, 3, 6, 6))
+
+
+def test_made_in_inference_mode_it_runs_outside(model: ACSModel, request) -> None:
+    with torch.inference_mode():
+        graphed = request.getfixturevalue("graphed")
+    graphed(torch.randn(2, 3, 6, 6))
+
+
 def test_other_settings_refuse(model: ACSModel, graphed: cuda_graph.GraphedModel) -> None:
     x = torch.randn(2, 3, 6, 6)
     with (

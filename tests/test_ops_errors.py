@@ -60,6 +60,14 @@ def changed(**changes):
     ("conv_gate_head", {"hidden": lambda t: t[0]}, ValueError, r"hidden must be floating point \[N, C, h, w\], got"),
     ("conv_gate_head", {"hidden": lambda t: t[:, :3]}, ValueError, r"matrix must be \[channels / granularity, 27\]"),
     ("pooled-compact", {"x": lambda t: t[:, :-1]}, ValueError, r"gated_conv2d_pooled: x must be dense \[N, 24, H, W\]"),
+    ("compact_channels", {"mask": lambda t: t[:, :0]}, ValueError, "mask needs a channel"),
+    ("dense-dense", {"bias": lambda t: t.to("meta")}, ValueError, "bias is on meta, x is on cpu"),
+    ("dense-dense", {"residual": lambda t: t.to("meta")}, ValueError, "residual is on meta, x is on cpu"),
+    ("affine", {"scale": lambda t: t.to("meta")}, ValueError, "scale is on meta, x is on cpu"),
+    ("gate_head", {"w1": lambda t: t.to("meta")}, ValueError, "w1 is on meta, x is on cpu"),
+    ("gate_head", {"heads": lambda h: [(h[0][0].to("meta"), *h[0][1:])]}, ValueError, "w2 of a head is on meta"),
+    ("gate_head", {"heads": lambda h: []}, ValueError, "gate_head: heads is empty"),
+    ("gate_head", {"pooled": lambda t: t.long()}, TypeError, "pooled must be floating point"),
     ("gate_head", {"b1": lambda t: t[:-1]}, ValueError, r"b1 must have shape \(8,\)"),
     ("gate_head", {"heads": lambda h: [(*h[0][:2], 41, 8)]}, ValueError, r"\[channels / granularity, 8\]"),
 ])  # fmt: skip
@@ -72,13 +80,21 @@ def test_errors(name, changes, error, message):
     ({"activation": "tanh"}, "activation must be one of none, relu, .* got 'tanh'"),
     ({"stride": 0}, "stride and dilation must be positive"),
     ({"padding": -1}, "padding not negative"),
-    ({"padding": (1, 2, 3)}, "padding must be an int or have"),
-    ({"dilation": (1,)}, "dilation must be an int or have"),
+    ({"padding": (1, 2, 3)}, "padding must be an int or 2 or 4 ints"),
+    ({"dilation": (1,)}, "dilation must be an int or 2 ints"),
+    ({"stride": 2.5}, r"stride must be an int or 2 ints, got 2\.5"),
+    ({"padding": "same"}, "padding must be an int or 2 or 4 ints, got 'same'"),
 ])  # fmt: skip
 def test_errors_of_geometry(arguments, message):
     inputs = Inputs()
     with pytest.raises(ValueError, match=message):
         ops.gated_conv2d(inputs.x, inputs.weight, **arguments)
+
+
+def test_a_mean_over_no_pixels_is_refused():
+    inputs = Inputs()
+    with pytest.raises(ValueError, match="pixels must be positive and pooled not empty, got 0"):
+        ops.gate_head(inputs.pooled, inputs.w1, inputs.b1, inputs.heads, pixels=0)
 
 
 def test_a_residual_of_a_compact_result_is_refused():

@@ -184,3 +184,30 @@ def test_executed_macs_are_those_of_whole_tiles() -> None:
             assert macs.layers[name].executed >= density * dense[name]
     assert macs.gates > 0
     assert "1.conv1" in str(model.report)
+
+
+class WrittenInPlace(nn.Module):
+    """What a gate reads is written after the convolution that made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.conv3, self.conv4 = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(torch.relu(self.conv1(x)))
+        x += 1.0
+        return self.conv4(torch.relu(self.conv3(x)))
+
+
+def test_a_gate_reads_what_was_written_in_place() -> None:
+    torch.manual_seed(2)
+    model, x = (
+        convert_model(WrittenInPlace().eval(), gate="gap", granularity=1, include=["conv1", "conv3"]),
+        images(3, 8),
+    )
+    mix_gates(model, x)
+    hard = outputs(model, x, "hard")
+    expected = model.masks()
+    assert_same_output(outputs(model, x, "sparse"), hard, tolerance=1e-5)
+    assert all(torch.equal(mask, expected[span]) for span, mask in model.masks().items())
