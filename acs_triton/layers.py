@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,10 +75,7 @@ class DynamicGroupConv2d(nn.Conv2d):
                 f"got groups {conv.groups} and padding_mode {conv.padding_mode!r}"
             )
         weight = conv.weight
-        layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            bias=conv.bias is not None, device="meta", dtype=weight.dtype,
-        )  # fmt: skip
+        layer = cls(**_arguments(conv))
         layer.weight, layer.bias = weight, conv.bias
         layer.gate = nn.Parameter(torch.full(layer.gate.shape, start, dtype=weight.dtype, device=weight.device))
         return layer.train(conv.training)
@@ -139,17 +136,29 @@ class DynamicGroupConv2d(nn.Conv2d):
         """
         groups = self.groups_now()
         in_order, out_order = self.channel_orders()
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            groups, bias=self.bias is not None, device="meta", dtype=self.weight.dtype,
-        )  # fmt: skip
+        conv = nn.Conv2d(**_arguments(self), groups=groups)
         conv.weight = nn.Parameter(packed_by_group(self.weight.detach(), groups, in_order, out_order))
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach()[out_order])
         return GroupedConv2d(conv.train(self.training), in_order, out_order.argsort())
 
+    def to_plain(self) -> nn.Conv2d:
+        """An ungrouped convolution that computes the same; its weight is a copy with U multiplied in."""
+        conv = nn.Conv2d(**_arguments(self))
+        conv.weight = nn.Parameter(self.kept_weight(), self.weight.requires_grad)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return conv.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gates={len(self.gate)}"
+
+
+def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    """What makes a layer of the geometry of `conv`, without memory for its parameters."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    geometry = {name: getattr(conv, name) for name in names}
+    return {**geometry, "bias": conv.bias is not None, "device": "meta", "dtype": conv.weight.dtype}
 
 
 def packed_by_group(weight: Tensor, groups: int, in_order: Tensor, out_order: Tensor) -> Tensor:

@@ -214,6 +214,8 @@ class _Finder:
             return kind
         if self._module_calls[id(conv)] > 1:
             return "called twice"
+        if self.config.gate == "none":
+            return 'no gates (gate="none")'
         if any(fnmatchcase(name, pattern) for pattern in self.config.exclude):
             return "excluded by the configuration"
         named = any(fnmatchcase(name, pattern) for pattern in self.config.include)
@@ -246,7 +248,7 @@ class _Finder:
     def _is_consumer(self, reader: fx.Node, value: fx.Node) -> bool:
         module = self.module(reader)
         return (
-            type(module) is nn.Conv2d
+            isinstance(module, nn.Conv2d)
             and reader.args == (value,)
             and not_plain(module) is None
             and self._module_calls[id(module)] == 1
