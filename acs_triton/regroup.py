@@ -23,7 +23,7 @@ from .sparse import Geometry
 
 def relabel(active: ActiveChannels, order: Tensor, granularity: int) -> ActiveChannels:
     """The same channels by their stored positions: position i holds channel order[i]. `granularity`: of positions."""
-    kept = active.to_mask(len(order)).index_select(1, order[::granularity])
+    kept = _mask(active, len(order)).index_select(1, order[::granularity])
     return sparse.compact(kept, len(order), granularity)
 
 
@@ -179,7 +179,7 @@ def actives_of_parts(active: ActiveChannels | None, parts: int, channels: int) -
     if active is None:
         return [None] * parts
     width, samples = channels // parts, active.count.shape[0]
-    mask = active.to_mask(channels).view(samples, parts, width).transpose(0, 1).reshape(parts * samples, width)
+    mask = _mask(active, channels).view(samples, parts, width).transpose(0, 1).reshape(parts * samples, width)
     found = ops.compact_channels(mask, part_granularity(active.granularity, width))
     index, count = found.index.view(parts, samples, -1), found.count.view(parts, samples)
     return [ActiveChannels(index[part], count[part], found.granularity) for part in range(parts)]
@@ -211,19 +211,24 @@ def result_of_parts(
     counts = torch.stack([known.count for known in lists if known is not None], 1)
     column = torch.arange(active.index.shape[1], device=together.device)
     # Of the part that a column's channel is in: where its own columns start, here and in the result.
-    part = (active.index.long() // (channels // len(ys))).clamp(max=len(ys) - 1)
+    part = (active.index.long() // (channels // len(ys))).clamp(0, len(ys) - 1)
     first = (counts.cumsum(1) - counts).gather(1, part)
     return _gathered(together, part * ys[0].shape[1] + column - first, column < active.count[:, None])
 
 
 def reorder(x: Tensor, active: ActiveChannels, positions: Tensor, granularity: int) -> tuple[Tensor, ActiveChannels]:
     """A compact tensor for channels stored in another order: new position i was position positions[i]."""
-    mask = active.to_mask(len(positions))
+    mask = _mask(active, len(positions))
     moved = relabel(active, positions, granularity)
     column_of = mask.cumsum(1) - 1
-    old = positions[moved.index.long().clamp(max=len(positions) - 1)]
+    old = positions[moved.index.long().clamp(0, len(positions) - 1)]
     kept = torch.arange(moved.index.shape[1], device=x.device) < moved.count[:, None]
     return _gathered(x, column_of.gather(1, old), kept), moved
+
+
+def _mask(active: ActiveChannels, channels: int) -> Tensor:
+    """As `active.to_mask`, also where the lists are undefined because no kernel ran: while launches are counted."""
+    return active._replace(index=active.index.clamp(0, channels)).to_mask(channels)
 
 
 def _gathered(x: Tensor, columns: Tensor, kept: Tensor) -> Tensor:
