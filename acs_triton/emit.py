@@ -40,9 +40,6 @@ class Emitter:
     graph: what was written. tensors: the packed weights that it reads by position.
     """
 
-    # Channels of a part of a gated convolution with dynamic groups: the smallest that fill a vector register of floats.
-    SMALLEST_PART = 16
-
     def __init__(self, model: ACSModel, program: Program) -> None:
         self.model = model
         self.program = program
@@ -162,7 +159,7 @@ class Emitter:
     def _dynamic(self, conv_node: fx.Node, fused: Fused, in_active: Any) -> DynamicConv:
         in_span = None if in_active is None else self._span_read(conv_node)
         moves, out_span = self.orders.moves[conv_node], self._producers.get(conv_node)
-        return dynamic_conv(str(conv_node.target), fused.folded, moves, in_span, out_span, self.SMALLEST_PART)
+        return dynamic_conv(str(conv_node.target), fused.folded, moves, in_span, out_span)
 
     def _span_read(self, conv_node: fx.Node) -> str:
         """The span whose compact result a convolution reads."""

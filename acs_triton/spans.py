@@ -196,6 +196,8 @@ class _Finder:
         return any(isinstance(child, nn.Conv2d) for child in module.modules())
 
     def span_or_reason(self, name: str, opaque: dict[str, str]) -> _Found | str:
+        if self.config.gate == "none":
+            return 'no gates (gate="none")'
         for submodule, reason in opaque.items():
             if name.startswith(submodule + "."):
                 return f"inside {submodule}, which {reason}"
@@ -214,8 +216,6 @@ class _Finder:
             return kind
         if self._module_calls[id(conv)] > 1:
             return "called twice"
-        if self.config.gate == "none":
-            return 'no gates (gate="none")'
         if any(fnmatchcase(name, pattern) for pattern in self.config.exclude):
             return "excluded by the configuration"
         named = any(fnmatchcase(name, pattern) for pattern in self.config.include)

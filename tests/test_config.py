@@ -127,7 +127,7 @@ def test_json_may_leave_fields_at_their_defaults() -> None:
         ("", "JSON"),
         ("[1]", "object"),
         ('{"target_density": 2}', "target_density"),
-        ('{"gate": "none"}', "gate"),
+        ('{"gate": "both"}', "gate"),
     ],
 )
 def test_bad_json_is_refused(text: str, message: str) -> None:
