@@ -216,7 +216,7 @@ def test_parts_of_an_untraceable_network_get_real_groups() -> None:
     [
         ("torchvision/resnet18", ["layer*.conv1", "layer2.*.conv2"]),
         ("torchvision/resnet50", ["layer*.conv2"]),
-        ("torchvision/resnet50", ["layer[24]*"]),
+        pytest.param("torchvision/resnet50", ["layer[24]*"], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("gate", ["gap", "none"])

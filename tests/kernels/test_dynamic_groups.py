@@ -78,6 +78,7 @@ def test_nan_in_skipped_weights_and_outside_of_the_groups_stays_there() -> None:
     assert_same_output(outputs(model, x, "sparse", masks), clean, 1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_models_see_other_masks() -> None:
     torch._dynamo.reset()
     model, x = converted(["spatial", "shrink"], "gap"), images(2, SIZE)
