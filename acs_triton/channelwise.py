@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from .layers import DynamicGroupConv2d
 from .trace import has_hooks
 
 _ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
@@ -40,10 +41,13 @@ def is_channelwise(reader: fx.Node, value: fx.Node, module: nn.Module | None) ->
 
 
 def not_plain(conv: nn.Conv2d) -> str | None:
-    """Why `conv` is not of a producer's kind (exactly `nn.Conv2d`, ungrouped, zero-padded, unhooked)."""
+    """Why `conv` is not of a producer's kind.
+
+    That is exactly an `nn.Conv2d` or a `DynamicGroupConv2d`, ungrouped, zero-padded, unhooked.
+    """
     if is_parametrized(conv):
         return "parametrized"
-    if type(conv) is not nn.Conv2d:
+    if type(conv) not in (nn.Conv2d, DynamicGroupConv2d):
         return f"another conv class ({type(conv).__name__})"
     if has_hooks(conv):
         return "hook"

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from . import doctor, zoo
-from .config import GATES, ACSConfig
+from .config import ACSConfig
 from .convert import convert_model
 from .demo import run
 from .demo.data import Images, fashion_mnist, mnist_digits
 from .demo.training import Progress
+from .gates import GATE_CLASSES
 
 _BAD_INPUT, _FAILED = 2, 1
 _BAR = "{desc} {percentage:3.0f} % {bar:20} {elapsed} {postfix}"
@@ -121,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_gate_options(parser: argparse.ArgumentParser, granularity: int | str = "auto") -> None:
-    parser.add_argument("--gate", choices=GATES, default="acs", help="(%(default)s)")
+    parser.add_argument("--gate", choices=tuple(GATE_CLASSES), default="acs", help="(%(default)s)")
     parser.add_argument(
         "--granularity", type=_granularity, default=granularity, help="channels in a group, or auto (%(default)s)"
     )

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-GATES = ("acs", "gap")
+GATES = ("acs", "gap", "none")
 EVAL_MODES = ("sparse", "hard")
 
 # "auto" gives eight groups a layer within these bounds: below 8 channels fp16 loads of a
@@ -21,7 +21,8 @@ AUTO_MAX_GRANULARITY = 64
 class ACSConfig:
     """How a network is converted.
 
-    gate: "acs", the ACS-GN gating network of the paper, or "gap", a pooled two-layer MLP.
+    gate: "acs", the ACS-GN gating network of the paper; "gap", a pooled two-layer MLP; or "none": no channel is
+        skipped, and only the groups of `DynamicGroupConv2d` layers are learned.
     gate_hidden: width of the gate.
     granularity: contiguous channels that share one logit; an int, or "auto" (C // 8 clamped to
         8..64). It is reduced to the largest divisor of the layer's channel count. 1 is the paper's.
@@ -31,7 +32,9 @@ class ACSConfig:
     include, exclude: fnmatch patterns on qualified convolution names. An empty `include` means
         every convolution except those that read the network's own input.
     spans_per_gate: how many consecutive spans of a chain share one gate.
-    dynamic_groups: fnmatch patterns of convolutions to turn into `DynamicGroupConv2d`.
+    dynamic_groups: fnmatch patterns of convolutions to turn into `DynamicGroupConv2d`, every gate of theirs open.
+    target_group_density: share of the connections that each `DynamicGroupConv2d` should keep, in (0, 1], in the
+        budget of `cost_loss`; None leaves the budget as if they kept them all.
 
     Raises TypeError or ValueError for a field of the wrong type or range.
     """
@@ -46,6 +49,7 @@ class ACSConfig:
     exclude: tuple[str, ...] = ()
     spans_per_gate: int = 2
     dynamic_groups: tuple[str, ...] = ()
+    target_group_density: float | None = None
 
     def __post_init__(self) -> None:
         _expect_choice("gate", self.gate, GATES)
@@ -54,14 +58,9 @@ class ACSConfig:
             _expect_positive_int(name, getattr(self, name))
         if self.granularity != "auto":
             _expect_positive_int("granularity", self.granularity, also='or "auto"')
-        density = self.target_density
-        if isinstance(density, bool) or not isinstance(density, (int, float)):
-            raise TypeError(f"ACSConfig: target_density must be a number in (0, 1], got {density!r}")
-        if not 0 < density <= 1:
-            raise ValueError(
-                f"ACSConfig: target_density must be in (0, 1], got {density!r}; "
-                "0.5 computes half of the channels on average"
-            )
+        expect_density("ACSConfig: target_density", self.target_density, "half of the channels on average")
+        if self.target_group_density is not None:
+            expect_density("ACSConfig: target_group_density", self.target_group_density, "half of the connections")
         for name in ("include", "exclude", "dynamic_groups"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
 
@@ -99,6 +98,14 @@ def _expect_known_fields(fields: dict[str, Any], function: str) -> None:
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ValueError(f"{function}: unknown ACSConfig field(s) {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def expect_density(name: str, value: object, half: str) -> None:
+    """`name` speaks for itself in the message, `half` says what 0.5 would mean."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}; 0.5 computes {half}")
 
 
 def _expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

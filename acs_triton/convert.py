@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adopt import original_of
 from .config import ACSConfig
+from .dynamic_groups import make_dynamic, make_plain, replace_modules
 from .model import ACSModel
 
 
@@ -26,11 +27,13 @@ def convert_model(
     config: an `ACSConfig`; `overrides` are fields of it, e.g. `gate="gap", exclude=["layer4.*"]`.
     example_input: [N, C, H, W]; if given, the converted model with every gate open is compared with
         the original on it, and a difference is a RuntimeError.
-    inplace: share parameters with `model` instead of copying them; otherwise `model` is not changed.
+    inplace: share parameters with `model` instead of copying them, and put the layers of `dynamic_groups` into it
+        too; otherwise `model` is not changed.
 
     Returns an ACSModel in the training state of `model`. Raises TypeError for anything but a module,
-    ValueError if no convolution can be gated (with the reasons), for a pattern that matches no
-    convolution, for an unknown field, and for a root that cannot be traced.
+    ValueError if no convolution can be gated (with the reasons) and none has dynamic groups under gate="none", for a
+    pattern that matches no convolution or one that cannot have dynamic groups, for an unknown field, and for a root
+    that cannot be traced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert_model: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -39,12 +42,14 @@ def convert_model(
     if config is not None and not isinstance(config, ACSConfig):
         raise TypeError(f"convert_model: config must be an ACSConfig, got {type(config).__name__}")
     config = (config or ACSConfig()).replace(**overrides)
-    if config.dynamic_groups:
-        raise ValueError(
-            "convert_model: dynamic_groups is not available in this version; leave it empty, "
-            "or put DynamicGroupConv2d layers into the network yourself"
-        )
-    converted = ACSModel(model if inplace else copy.deepcopy(model), config)
+    source = model if inplace else copy.deepcopy(model)
+    made = make_dynamic(source, config.dynamic_groups)
+    try:
+        converted = ACSModel(source, config)
+    except BaseException:
+        # With inplace, the network that could not be converted is the caller's.
+        replace_modules(source, {layer: conv for conv, layer in made.items()}.get)
+        raise
     if example_input is not None:
         _check_against(model, converted, example_input)
     return converted
@@ -74,8 +79,11 @@ def _check_against(model: nn.Module, converted: ACSModel, example_input: Tensor)
 def unconvert(model: ACSModel) -> nn.Module:
     """The original class with plain convolutions and the weights of `model`, under the same names.
 
-    The result shares nothing with `model`. Raises TypeError for anything but an ACSModel.
+    What `dynamic_groups` made is an `nn.Conv2d` again, with U multiplied into its weight; a `DynamicGroupConv2d` of
+    the network's own stays one. The result shares nothing with `model`. Raises TypeError for anything but an ACSModel.
     """
     if not isinstance(model, ACSModel):
         raise TypeError(f"unconvert: expected an ACSModel, got {type(model).__name__}")
-    return original_of(model)
+    original = original_of(model)
+    make_plain(original)
+    return original

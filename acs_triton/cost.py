@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import cpu, sparse
-from .executed import LaunchReader, Layer, executed_macs, on_paper
+from .executed import LaunchReader, Layer, executed_macs, executed_shares, on_paper
+from .layers import DynamicGroupConv2d
 from .program import Programs
 from .reference import ActiveChannels
 from .trace import kept_training_flags
@@ -37,8 +38,8 @@ class LayerMacs:
 class MacReport:
     """MACs per sample of one forward, averaged over its batch.
 
-    dense: the network without masks and gates.
-    ideal: the same with only the work that the masks imply.
+    dense: the network without masks, gates and dynamic groups.
+    ideal: the same with only the work that the masks and the dynamic groups imply.
     executed: the work really done, after padding and dense fallbacks; in soft and hard mode, dense.
     gates: what the gates themselves cost, in none of the above.
     layers: by qualified layer name; what is not a layer of its own is under its operation's name.
@@ -81,17 +82,14 @@ def mac_report(
 ) -> MacReport:
     """The report for masks bool [N, C] by span; `lowered` is the sparse graph if that is what ran."""
     counts = _count(model, programs, input_shape)
-    densities = {name: mask.double().mean(1) for name, mask in masks.items()}
-    spans_of = _spans_of_layers(programs)
-    executed = {} if lowered is None else _executed(model, lowered, input_shape, masks)
+    shares = _Shares(model, programs, {name: mask.double().cpu() for name, mask in masks.items()})
+    executed = {} if lowered is None else _executed(model, lowered, input_shape, masks, counts.layers)
     ones = torch.ones(input_shape[0], dtype=torch.float64)
     total = torch.zeros_like(ones)
     layers = {}
     for name, dense in counts.layers.items():
-        share = ones
-        for span in spans_of.get(name, ()):
-            share = share * densities[span].cpu()
-        ideal = share * dense
+        share = shares.of(name)
+        ideal = ones * dense if share is None else ones * share.detach().double().cpu() * dense
         total += ideal
         mean = ideal.mean().item()
         layers[name] = LayerMacs(dense, mean, dense if lowered is None else executed.get(name, mean))
@@ -107,32 +105,70 @@ def mac_report(
 
 
 def cost_loss(
-    model: ACSModel, programs: Programs, input_shape: tuple[int, ...], masks: dict[str, Tensor], target_density: float
+    model: ACSModel,
+    programs: Programs,
+    input_shape: tuple[int, ...],
+    masks: dict[str, Tensor],
+    target_density: float,
+    target_group_density: float | None,
 ) -> Tensor:
-    """((MACs implied by masks - budget) / budget)^2 for straight-through masks [N, groups] by span."""
+    """((MACs implied by masks and groups - budget) / budget)^2 for straight-through masks [N, groups] by span."""
     counts = _count(model, programs, input_shape)
-    densities = {name: mask.mean(1) for name, mask in masks.items()}
-    spans_of = _spans_of_layers(programs)
+    shares = _Shares(model, programs, masks)
     budget = float(counts.gates)
-    implied = torch.zeros((), device=next(iter(masks.values())).device) + counts.gates
+    implied = torch.zeros((), device=next(model.parameters()).device) + counts.gates
     for name, dense in counts.layers.items():
-        share: Tensor | None = None
-        for span in spans_of.get(name, ()):
-            share = densities[span] if share is None else share * densities[span]
+        share = shares.of(name)
         implied = implied + (dense if share is None else dense * share.mean())
-        budget += dense * target_density ** len(spans_of.get(name, ()))
+        budget += dense * shares.target(name, target_density, target_group_density)
     return ((implied - budget) / budget) ** 2
 
 
-def _spans_of_layers(programs: Programs) -> dict[str, list[str]]:
-    """By layer, the spans whose masks scale its MACs: its own output's and its input's."""
-    spans: dict[str, list[str]] = {}
-    for program in programs.by_part.values():
-        for name, span in program.plan.report.gated.items():
-            body = [str(node.target) for node in program.plan.body[name] if node.op == "call_module"]
-            for layer in (name, *span.consumers, *body):
-                spans.setdefault(layer, []).append(name)
-    return spans
+class _Shares:
+    """Which share of a layer's MACs the masks and its dynamic groups leave.
+
+    masks: [N, groups] or [N, C] by span, 0 or 1; straight-through masks give straight-through shares.
+    """
+
+    def __init__(self, model: ACSModel, programs: Programs, masks: dict[str, Tensor]) -> None:
+        self._masks = masks
+        self._channels = {name: span.channels for name, span in model.report.gated.items()}
+        modules = dict(model.named_modules())
+        self._dynamic = {name: layer for name, layer in modules.items() if isinstance(layer, DynamicGroupConv2d)}
+        # By layer: the span whose mask its output is under, and the one that its input comes from.
+        self._out: dict[str, str] = {}
+        self._in: dict[str, str] = {}
+        for program in programs.by_part.values():
+            for name, span in program.plan.report.gated.items():
+                body = [str(node.target) for node in program.plan.body[name] if node.op == "call_module"]
+                self._out |= dict.fromkeys((name, *body), name)
+                self._in |= dict.fromkeys(span.consumers, name)
+
+    def of(self, layer: str) -> Tensor | None:
+        """[N], or [1] where it is the same for every sample; None where nothing is left out."""
+        known, spans = self._dynamic.get(layer), self._spans(layer)
+        if known is not None and len(spans) == 2:
+            # Active channels meet only inside of a group: the pairs that U connects.
+            active_out, active_in = (self._of_channels(span) for span in spans)
+            pairs = (active_in @ known.connections().to(active_in).t() * active_out).sum(1)
+            return pairs / (known.in_channels * known.out_channels)
+        share = None if known is None else known.density_regulariser().float().expand(1)
+        for span in spans:
+            density = self._masks[span].mean(1)
+            share = density if share is None else share.to(density) * density
+        return share
+
+    def target(self, layer: str, density: float, group_density: float | None) -> float:
+        """The share where each span runs at `density`, and each dynamic layer keeps `group_density`."""
+        grouped = group_density if group_density is not None and layer in self._dynamic else 1.0
+        return float(grouped * density ** len(self._spans(layer)))
+
+    def _spans(self, layer: str) -> list[str]:
+        return [sides[layer] for sides in (self._out, self._in) if layer in sides]
+
+    def _of_channels(self, span: str) -> Tensor:
+        mask = self._masks[span]
+        return mask.repeat_interleave(self._channels[span] // mask.shape[1], dim=1)
 
 
 def _count(model: ACSModel, programs: Programs, input_shape: tuple[int, ...]) -> _Counts:
@@ -163,9 +199,17 @@ def _count_gates(model: ACSModel, lowered: Lowered, input_shape: tuple[int, ...]
 
 
 def _executed(
-    model: ACSModel, lowered: Lowered, input_shape: tuple[int, ...], masks: dict[str, Tensor]
+    model: ACSModel,
+    lowered: Lowered,
+    input_shape: tuple[int, ...],
+    masks: dict[str, Tensor],
+    dense: dict[str, int],
 ) -> dict[str, float]:
-    """MACs a sample of the layers that run in tiles; empty where every layer does just what the masks imply."""
+    """MACs a sample of the layers that run in tiles or parts; the others do just what the masks imply."""
+    if lowered.implementation is cpu:
+        graphs = [known.graph for known in lowered.by_part.values()]
+        shares = {name: share for graph in graphs for name, share in executed_shares(graph, masks).items()}
+        return {name: share * dense[name] for name, share in shares.items()}
     parameter = next(model.parameters())
     found: dict[Layer, Any] = {}
     with on_paper(lowered, parameter.device) as launches, torch.no_grad():
@@ -174,9 +218,8 @@ def _executed(
             known = lowered.by_part[part]
             return LaunchReader(model, known.graph, launches, found).run(_AllOpen(model), known.tensors, *inputs)
 
-        if lowered.implementation is not cpu:
-            with model.running_parts_with(run):
-                run("", (torch.zeros(input_shape, dtype=parameter.dtype, device=parameter.device),))
+        with model.running_parts_with(run):
+            run("", (torch.zeros(input_shape, dtype=parameter.dtype, device=parameter.device),))
     return executed_macs(found, masks)
 
 

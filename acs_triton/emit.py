@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import groups, onednn, sparse
+from . import groups, onednn, regroup, sparse
+from .channel_order import ChannelOrders, DynamicConv, dynamic_conv, unbroken
 from .fold import (
     Folded,
     activation_name,
@@ -51,6 +52,7 @@ class Emitter:
         self._span_of_body = {node: name for name, body in program.plan.body.items() for node in body}
         inside_spans = {*self._producers, *self._span_of_body}
         self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans)
+        self.orders = ChannelOrders(program, self._fusion)
 
     def build(self) -> None:
         self._in_groups = {name for name in self._producers.values() if self._runs_in_groups(name)}
@@ -64,7 +66,7 @@ class Emitter:
         fused = next(fused for node, fused in self._fusion.fused_at.values() if node is producer)
         if self._fusion.skip_identity(last) is not fused.last or self._fusion.is_masked(producer.args[0]):
             return False
-        if self.model.report.gated[name].granularity < groups.SMALLEST_GROUP:
+        if self.model.report.gated[name].granularity < groups.SMALLEST_GROUP or self.orders.is_dynamic(name):
             return False
         masked = next(node for node in last.users if node.target == "mask_features")
         return all(reader in self._fusion.conv_nodes and reader not in self._producers for reader in masked.users)
@@ -102,7 +104,8 @@ class Emitter:
             value = self._grouped(source, folded, fused.activation)
         else:
             name = self._producers.get(conv_node)
-            value = self._conv(
+            emit = self._conv if folded.dynamic is None else self._dynamic_conv
+            value = emit(
                 conv_node,
                 fused,
                 in_active=self._active.get(self._fusion.skip_identity(source)),
@@ -129,6 +132,52 @@ class Emitter:
         if in_active is not None and str(masked.args[3]) in self._in_groups:
             return self.graph.call_function(sparse.consume_groups, (x, weight, bias, in_active, residual, *end))
         return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end))
+
+    def _dynamic_conv(
+        self,
+        conv_node: fx.Node,
+        fused: Fused,
+        in_active: fx.Node | None,
+        out_active: fx.Node | None,
+        residual: fx.Node | None,
+    ) -> fx.Node:
+        """A convolution with dynamic groups, its weight packed by group."""
+        conv = self._dynamic(conv_node, fused, in_active)
+        x, moves, end = self._value(conv_node.args[0]), conv.moves, (geometry_of(fused.folded), fused.activation)
+        from_input, from_result = self._packed_or_none(moves.from_input), self._packed_or_none(moves.from_result)
+        weight = self._packed(conv.weight.contiguous(memory_format=torch.channels_last))
+        bias = self._packed_or_none(fused.folded.bias)
+        if in_active is None and out_active is None:
+            dense = (x, weight, bias, residual, from_input, from_result, conv.parts, *end)
+            return self.graph.call_function(regroup.grouped, dense)
+        x, in_active = self._moved_input(conv_node, fused, x, in_active, from_input)
+        arguments = (x, weight, bias, in_active, out_active, residual, from_result, conv.parts, *end)
+        value = self.graph.call_function(regroup.gated, arguments)
+        value.meta["layers"] = conv.layers
+        return value
+
+    def _dynamic(self, conv_node: fx.Node, fused: Fused, in_active: Any) -> DynamicConv:
+        in_span = None if in_active is None else self._span_read(conv_node)
+        moves, out_span = self.orders.moves[conv_node], self._producers.get(conv_node)
+        return dynamic_conv(str(conv_node.target), fused.folded, moves, in_span, out_span)
+
+    def _span_read(self, conv_node: fx.Node) -> str:
+        """The span whose compact result a convolution reads."""
+        return str(self._fusion.skip_identity(conv_node.args[0]).args[3])
+
+    def _moved_input(
+        self, conv_node: fx.Node, fused: Fused, x: fx.Node, in_active: Any, from_input: Any
+    ) -> tuple[fx.Node, Any]:
+        """x and its active channels in the order in which the convolution reads them."""
+        if from_input is None:
+            return x, in_active
+        if in_active is None:
+            return self.graph.call_function(regroup.select, (x, from_input)), None
+        assert fused.folded.dynamic is not None  # it moves its input
+        granularity = self.model.report.gated[self._span_read(conv_node)].granularity
+        granularity = unbroken(fused.folded.dynamic.in_order, granularity)
+        moved = self.graph.call_function(regroup.reorder, (x, in_active, from_input, granularity))
+        return self._item(moved, 0), self._item(moved, 1)
 
     def _depthwise(self, conv_node: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
         x, end = self._value(conv_node.args[0]), (geometry_of(folded), activation)
@@ -158,6 +207,7 @@ class Emitter:
             affine = norm_affine(module)
             activations = norm_parts(module)
             assert affine is not None  # spans only walk through norms with running statistics
+            affine = self.orders.affine(affine, self._span_of_body[node])
             value = self._affine(x, affine.scale, affine.shift, decision, activations or "none")
             if activations is None:
                 for name, child in module.named_children():
@@ -191,14 +241,23 @@ class Emitter:
             assert isinstance(gate, ConvGate)  # GATE_CLASSES has two
             norm = norm_affine(gate.bn)
             assert norm is not None  # BatchNorm2d tracks its statistics by default
-            front = merged_convs(gate.reduce.weight, gate.conv1.masked_weight() * norm.scale[:, None, None, None])
-            last = gate.conv2.masked_weight()
+            reduce = self.orders.columns(gate.reduce.weight, source)
+            front = merged_convs(reduce, gate.conv1.kept_weight() * norm.scale[:, None, None, None])
+            last = gate.conv2.kept_weight()
             tails = [(window_matrix(last, weight), *rest) for weight, *rest in self._heads(gate, names)]
             found = self._conv_gate(common, front, norm.shift.float(), tails, names)
         for head, name in enumerate(names):
-            self._decisions[name] = self.graph.call_function(operator.getitem, (found, head))
+            self._decisions[name] = self._relabelled(name, self._item(found, head))
         for added in list(self.graph.nodes)[start:]:
             added.meta["gate"] = key
+
+    def _relabelled(self, name: str, decision: fx.Node) -> fx.Node:
+        """A decision in the order in which the channels of its span are stored."""
+        order = self.orders.of_span.get(name)
+        if order is None:
+            return decision
+        granularity = self.orders.granularity(name, self.model.report.gated[name].granularity)
+        return self.graph.call_function(regroup.relabel, (decision, self._packed(order), granularity))
 
     def _heads(self, gate: PooledGate | ConvGate, names: list[str]) -> list[Any]:
         """(weight, bias, channels, granularity) of each head."""
@@ -213,7 +272,8 @@ class Emitter:
     ) -> fx.Node:
         """common: the model, the features, their active channels or None."""
         packed = [(self._packed(weight), self._packed(bias), *sizes) for weight, bias, *sizes in heads]
-        w1, b1 = self._packed(gate.reduce.weight.float()), self._packed(gate.reduce.bias.float())
+        w1 = self._packed(self.orders.columns(gate.reduce.weight, source).float())
+        b1 = self._packed(gate.reduce.bias.float())
         return self.graph.call_function(sparse.pooled_gate, (*common, w1, b1, packed, names))
 
     def _conv_gate(
@@ -229,6 +289,9 @@ class Emitter:
 
     def _value(self, value: Any) -> Any:
         return self._values[self._fusion.skip_identity(value)] if isinstance(value, fx.Node) else value
+
+    def _item(self, node: fx.Node, position: int) -> fx.Node:
+        return self.graph.call_function(operator.getitem, (node, position))
 
     def _packed(self, tensor: Tensor) -> fx.Node:
         # A copy even where folding changed nothing: it must not follow the parameter half-way.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from . import ops, packed
+from . import ops, packed, regroup
 from .emit import Emitter, geometry_of
 from .executed import Layer
 from .fold import Folded
@@ -58,8 +57,8 @@ class KernelEmitter(Emitter):
             return self.graph.call_function(packed.dense_conv, (x, weight, bias, residual, *end))
         weight = self._packed_conv(self._cast(folded.weight), in_active is not None, out_active is not None)
         arguments = (x, weight, bias, tuple(folded.weight.shape), in_active, out_active, residual, *end)
-        masked, name = self._fusion.skip_identity(conv_node.args[0]), self._producers.get(conv_node)
-        layer = Layer(str(conv_node.target), None if in_active is None else str(masked.args[3]), name)
+        in_span = None if in_active is None else self._span_read(conv_node)
+        layer = Layer(str(conv_node.target), in_span, self._producers.get(conv_node))
         # Sums taken here would miss what is written to the result later.
         if fused.last not in self._pooled or fused.last in self._fusion.written:
             value = self.graph.call_function(packed.conv, arguments)
@@ -69,6 +68,51 @@ class KernelEmitter(Emitter):
         both.meta["layer"] = layer
         self._sums[fused.last] = self._item(both, 1)
         return self._item(both, 0)
+
+    def _dynamic_conv(
+        self,
+        conv_node: fx.Node,
+        fused: Fused,
+        in_active: fx.Node | None,
+        out_active: fx.Node | None,
+        residual: fx.Node | None,
+    ) -> fx.Node:
+        conv, folded = self._dynamic(conv_node, fused, in_active), fused.folded
+        x, end = self._value(conv_node.args[0]), (geometry_of(folded), fused.activation)
+        from_input, from_result = map(self._packed_or_none, conv.moves)
+        weight, bias = self._cast(conv.weight), self._cast_or_none(folded.bias)
+        if in_active is None and out_active is None:
+            packed_weight = self._packed(weight.contiguous(memory_format=torch.channels_last))
+            arguments = (
+                x,
+                packed_weight,
+                self._packed_or_none(bias),
+                residual,
+                from_input,
+                from_result,
+                conv.parts,
+                *end,
+            )
+            return self.graph.call_function(regroup.grouped, arguments)
+        x, in_active = self._moved_input(conv_node, fused, x, in_active, from_input)
+        parts, (c_out, c_in) = conv.parts, (weight.shape[0], weight.shape[1] * conv.parts)
+        inputs = self.graph.call_function(regroup.inputs_of_parts, (x, in_active, parts, c_in))
+        xs, ins = self._item(inputs, 0), self._item(inputs, 1)
+        outs = self.graph.call_function(regroup.actives_of_parts, (out_active, parts, c_out))
+        activation = "none" if residual is not None else fused.activation
+        ys = []
+        for part, (rows, layer) in enumerate(zip(weight.chunk(parts), conv.layers, strict=True)):
+            part_bias = None if bias is None else self._packed(bias.chunk(parts)[part])
+            part_weight = self._packed_conv(rows, in_active is not None, out_active is not None)
+            part_arguments = (
+                self._item(xs, part), part_weight, part_bias, tuple(rows.shape), self._item(ins, part),
+                self._item(outs, part), None, geometry_of(folded), activation,
+            )  # fmt: skip
+            y = self.graph.call_function(packed.conv, part_arguments)
+            y.meta["layer"] = layer
+            ys.append(y)
+        value = self.graph.call_function(regroup.result_of_parts, (ys, outs, out_active, c_out))
+        return self.graph.call_function(regroup.finished, (value, residual, from_result, fused.activation))
 
     def _depthwise(self, conv_node: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
         x, end = self._value(conv_node.args[0]), (geometry_of(folded), activation)
@@ -105,9 +149,6 @@ class KernelEmitter(Emitter):
 
     def _packed_conv(self, weight: Tensor, in_gated: bool, out_gated: bool) -> fx.Node:
         return self._packed(self._kernels.pack_conv(weight, in_gated=in_gated, out_gated=out_gated))
-
-    def _item(self, node: fx.Node, position: int) -> fx.Node:
-        return self.graph.call_function(operator.getitem, (node, position))
 
     def _cast(self, tensor: Tensor) -> Tensor:
         # As autocast does, float64 stays.

@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 
 
 class Layer(NamedTuple):
-    """Which layer a node of a lowered graph is, and the spans whose masks gate its two sides."""
+    """Which layer a node of a lowered graph is, and the spans whose masks gate its two sides.
+
+    in_channels, out_channels: those of the spans that the node is for, where it is a part of a layer; None for all.
+    """
 
     name: str
     in_span: str | None
     out_span: str | None
+    in_channels: tuple[int, ...] | None = None
+    out_channels: tuple[int, ...] | None = None
 
 
 @contextmanager
@@ -54,22 +59,46 @@ class LaunchReader(fx.Interpreter):
 
 def executed_macs(layers: dict[Layer, Any], masks: dict[str, Tensor]) -> dict[str, float]:
     """Mean MACs a sample by layer name, for the launch of each layer and masks bool [N, C] by span."""
-    counts = {name: mask.sum(1).double().cpu() for name, mask in masks.items()}
-    executed = {}
+    executed: dict[str, float] = {}
     for layer, launch in layers.items():
         known = launch.arguments
         if "BLOCK_K" in known:
-            inputs = _padded(layer.in_span, counts, known["C_IN"], known["BLOCK_K"])
-            outputs = _padded(layer.out_span, counts, known["C_OUT"], known["BLOCK_N"])
+            inputs = _padded(_counted(layer.in_span, layer.in_channels, masks, known["C_IN"]), known["BLOCK_K"])
+            outputs = _padded(_counted(layer.out_span, layer.out_channels, masks, known["C_OUT"]), known["BLOCK_N"])
             pixels = -(-known["PIXELS"] // known["BLOCK_M"]) * known["BLOCK_M"]
             work = inputs * outputs * (pixels * known["KERNEL_H"] * known["KERNEL_W"])
         else:
-            channels = _padded(layer.out_span, counts, known["CHANNELS"], known["BLOCK_C"])
+            channels = _padded(_counted(layer.out_span, None, masks, known["CHANNELS"]), known["BLOCK_C"])
             work = channels * (known["OUT_H"] * known["OUT_W"] * known["KERNEL_H"] * known["KERNEL_W"])
-        executed[layer.name] = work.mean().item()
+        executed[layer.name] = executed.get(layer.name, 0.0) + work.mean().item()
     return executed
 
 
-def _padded(span: str | None, counts: dict[str, Tensor], channels: int, block: int) -> Tensor:
-    count = torch.tensor([float(channels)], dtype=torch.float64) if span is None else counts[span]
+def executed_shares(graph: fx.Graph, masks: dict[str, Tensor]) -> dict[str, float]:
+    """By layer that runs in parts on a CPU, the pairs of channels that meet in them, of all its pairs."""
+    shares = {}
+    for node in graph.nodes:
+        layers: list[Layer] = node.meta.get("layers", [])
+        pairs = torch.zeros(1, dtype=torch.float64)
+        everything = torch.zeros(2)
+        for layer in layers:
+            assert layer.in_channels is not None and layer.out_channels is not None  # a part has some of each
+            sides = (len(layer.in_channels), len(layer.out_channels))
+            everything += torch.tensor(sides)
+            inputs = _counted(layer.in_span, layer.in_channels, masks, sides[0])
+            pairs = pairs + inputs * _counted(layer.out_span, layer.out_channels, masks, sides[1])
+        if layers:
+            shares[layers[0].name] = pairs.mean().item() / everything.prod().item()
+    return shares
+
+
+def _counted(span: str | None, channels: tuple[int, ...] | None, masks: dict[str, Tensor], ungated: int) -> Tensor:
+    """How many of `channels`, all if None, are active in each sample; `ungated` where there is no span."""
+    if span is None:
+        return torch.tensor([float(ungated)], dtype=torch.float64)
+    mask = masks[span] if channels is None else masks[span][:, list(channels)]
+    return mask.sum(1).double().cpu()
+
+
+def _padded(count: Tensor, block: int) -> Tensor:
     return (count / block).ceil() * block

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .channelwise import symmetric_padding
+from .layers import DynamicGroupConv2d
 from .trace import has_hooks
 
 _MODULE_NAMES: dict[type[nn.Module], str] = {
@@ -38,9 +39,21 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+class DynamicGroups(NamedTuple):
+    """How many groups, and the channels sorted by group: see `DynamicGroupConv2d.channel_orders`."""
+
+    groups: int
+    in_order: Tensor
+    out_order: Tensor
+
+
 @dataclass
 class Folded:
-    """A convolution with the batch norm after it: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None."""
+    """A convolution with the batch norm after it: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None.
+
+    dynamic: the groups of a `DynamicGroupConv2d` that has more than one; the weight is still whole, zero outside of U,
+        until `ChannelOrders` packs it by group.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -48,6 +61,7 @@ class Folded:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    dynamic: DynamicGroups | None = None
 
 
 def fold_conv(conv: nn.Conv2d, norm: Affine | None) -> Folded:
@@ -55,13 +69,17 @@ def fold_conv(conv: nn.Conv2d, norm: Affine | None) -> Folded:
     padding = symmetric_padding(conv)
     assert padding is not None  # the caller asked
     weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+    dynamic = None
+    if isinstance(conv, DynamicGroupConv2d):
+        weight, groups = conv.kept_weight(), conv.groups_now()
+        dynamic = DynamicGroups(groups, *conv.channel_orders()) if groups > 1 else None
     if norm is not None:
         scale = norm.scale
         shift = norm.shift if bias is None else norm.shift + bias.to(scale.dtype) * scale
         bias = shift.to(weight.dtype)
         weight = (weight.to(scale.dtype) * scale[:, None, None, None]).to(weight.dtype)
     stride, dilation = (conv.stride[0], conv.stride[1]), (conv.dilation[0], conv.dilation[1])
-    return Folded(weight, bias, stride, padding, dilation, conv.groups)
+    return Folded(weight, bias, stride, padding, dilation, conv.groups, dynamic)
 
 
 def norm_affine(norm: _BatchNorm) -> Affine | None:

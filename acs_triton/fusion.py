@@ -126,7 +126,11 @@ class Fusion:
 
     def _is_foldable_conv(self, node: fx.Node) -> bool:
         conv = self.module(node)
-        if type(conv) is not nn.Conv2d or has_hooks(conv) or len(node.args) != 1:
+        if not isinstance(conv, nn.Conv2d) or len(node.args) != 1:
+            return False
+        if not_plain(conv) is None:
+            return True
+        if type(conv) is not nn.Conv2d or has_hooks(conv):
             return False
         grouped = conv.groups > 1 and conv.padding_mode == "zeros" and symmetric_padding(conv) is not None
-        return grouped or not_plain(conv) is None
+        return grouped

@@ -101,6 +101,8 @@ def _reuse(emitter: Emitter, earlier: LoweredPart | None) -> LoweredPart:
         return LoweredPart(emitter.graph, earlier.forward, emitter.tensors)
     for old, new in zip(earlier.tensors, emitter.tensors, strict=True):
         old.copy_(new)
+    # The same code, but its nodes may count other channels.
+    earlier.graph = emitter.graph
     return earlier
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import cost, lower, sparse
 from .adopt import AdoptedModule
-from .config import ACSConfig
+from .config import ACSConfig, expect_density
 from .cuda_graph import GraphedModel
 from .inputs import check_input, refuse_clashes
 from .override import GivenMasks, MaskSource, RandomMasks
@@ -238,7 +238,7 @@ class ACSModel(AdoptedModule):
 
     def _recorded(self, function: str) -> dict[str, Tensor | ActiveChannels]:
         record = self._caches.record
-        if set(record) != set(self.report.gated):
+        if not self._caches.recorded_mode or set(record) != set(self.report.gated):
             raise RuntimeError(f"{function}: nothing is recorded yet; run a forward first")
         return {name: record[name] for name in self.report.gated}
 
@@ -249,13 +249,16 @@ class ACSModel(AdoptedModule):
         ran_sparse = caches.lowered if caches.recorded_mode == "sparse" else None
         return cost.mac_report(self, self._programs(), caches.recorded_input, self.masks(), ran_sparse)
 
-    def cost_loss(self, target_density: float | None = None) -> Tensor:
-        """((MACs implied by the masks - budget) / budget)^2, a differentiable scalar, for the last soft forward.
+    def cost_loss(self, target_density: float | None = None, target_group_density: float | None = None) -> Tensor:
+        """((MACs implied by masks and groups - budget) / budget)^2, a differentiable scalar, for the last soft forward.
 
-        The implied MACs are the batch mean, computed from the straight-through masks that multiplied
-        the features. The budget is the model's MACs when each gated span runs at `target_density`
-        (the configuration's unless given, for a schedule); gates count on both sides.
-        RuntimeError unless the last forward was a soft one.
+        The implied MACs are the batch mean, computed from the straight-through masks that multiplied the features and
+        the straight-through gates of the dynamic groups. The budget is the model's MACs when each gated span runs at
+        `target_density` and each `DynamicGroupConv2d` keeps `target_group_density` of its connections (the
+        configuration's unless given, for a schedule); gates count on both sides, ungrouped. With no group density the
+        budget is that of ungrouped layers: closing groups is then another way to meet the density.
+        RuntimeError unless the last forward was a soft one, ValueError for a density that is not in (0, 1], and where
+        there are no channel gates and no group density: nothing could be saved.
         """
         if self._caches.recorded_mode != "soft":
             raise RuntimeError(
@@ -263,10 +266,17 @@ class ACSModel(AdoptedModule):
                 f"but the last forward was {self._caches.recorded_mode or 'none'}; call train() and run one"
             )
         density = self.config.target_density if target_density is None else target_density
-        if not 0 < density <= 1:
-            raise ValueError(f"cost_loss: target_density must be in (0, 1], got {density!r}")
+        group_density = self.config.target_group_density if target_group_density is None else target_group_density
+        expect_density("cost_loss: target_density", density, "half of the channels on average")
+        if group_density is not None:
+            expect_density("cost_loss: target_group_density", group_density, "half of the connections")
+        elif not self.report.gated:
+            raise ValueError(
+                'cost_loss: with gate="none" the budget needs target_group_density, the share of connections to keep; '
+                "set it in the configuration or here"
+            )
         masks = {name: mask for name, mask in self._recorded("cost_loss").items() if isinstance(mask, Tensor)}
-        return cost.cost_loss(self, self._programs(), self._caches.recorded_input, masks, density)
+        return cost.cost_loss(self, self._programs(), self._caches.recorded_input, masks, density, group_density)
 
     def lower(self, example_input: Tensor | None = None) -> ACSModel:
         """Make the sparse graph now: batch norms folded, epilogues fused, weights packed.

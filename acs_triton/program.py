@@ -12,6 +12,7 @@ from torch import fx, nn
 from .adopt import ADDED_CHILDREN, AdoptedModule, TracedPart
 from .config import ACSConfig
 from .gates import GATE_CLASSES, Head
+from .layers import DynamicGroupConv2d
 from .report import ConversionReport, Span
 from .spans import Plan, check_patterns, conv_names, find_spans
 from .trace import Trace, TraceError, compile_graph, has_hooks, trace
@@ -61,7 +62,7 @@ def build_programs(model: AdoptedModule, config: ACSConfig) -> Programs:
 
     A submodule that cannot be traced is left whole and its children are traced by themselves; those
     with spans become `TracedPart`s. Raises ValueError for a root that differs between train and eval,
-    for patterns that match nothing, and if nothing can be gated.
+    for patterns that match nothing, and if nothing can be gated; without gates, if no convolution has dynamic groups.
     """
     check_patterns(model, config)
     builder = _ProgramsBuilder(model, config)
@@ -69,7 +70,13 @@ def build_programs(model: AdoptedModule, config: ACSConfig) -> Programs:
     while builder.opaque:
         builder.build_parts(*builder.opaque.pop())
     skipped = {name: reason for name, reason in builder.skipped.items() if name not in builder.gated}
-    if not builder.gated:
+    if config.gate == "none":
+        if not any(isinstance(module, DynamicGroupConv2d) for module in model.modules()):
+            raise ValueError(
+                'convert_model: gate is "none" and no convolution of the network has dynamic groups, so there is '
+                "nothing to learn; name some in dynamic_groups, or choose a gate"
+            )
+    elif not builder.gated:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
             "convert_model: no convolution of the network can be gated; "
@@ -129,7 +136,12 @@ class _ProgramsBuilder:
         for node in program.graph.nodes:
             if node.op == "call_module" and node.target in traced.opaque:
                 self.opaque.append((str(node.target), node in program.plan.below_conv))
-        return bool(program.plan.report.gated)
+        dynamic = any(
+            isinstance(self.model.get_submodule(str(node.target)), DynamicGroupConv2d)
+            for node in program.graph.nodes
+            if node.op == "call_module" and not str(node.target).startswith("gates.")
+        )
+        return dynamic or bool(program.plan.report.gated)
 
 
 def _build_program(model: nn.Module, traced: Trace, config: ACSConfig, part: str, below: bool) -> Program:

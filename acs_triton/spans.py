@@ -196,6 +196,8 @@ class _Finder:
         return any(isinstance(child, nn.Conv2d) for child in module.modules())
 
     def span_or_reason(self, name: str, opaque: dict[str, str]) -> _Found | str:
+        if self.config.gate == "none":
+            return 'no gates (gate="none")'
         for submodule, reason in opaque.items():
             if name.startswith(submodule + "."):
                 return f"inside {submodule}, which {reason}"
@@ -246,7 +248,7 @@ class _Finder:
     def _is_consumer(self, reader: fx.Node, value: fx.Node) -> bool:
         module = self.module(reader)
         return (
-            type(module) is nn.Conv2d
+            isinstance(module, nn.Conv2d)
             and reader.args == (value,)
             and not_plain(module) is None
             and self._module_calls[id(module)] == 1

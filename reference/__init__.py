@@ -2,6 +2,7 @@
 
 from .compact_channels import CHANNEL_BLOCK, ActiveChannels, compact_channels, padded_channels
 from .conv_gate_head import conv_gate_head
+from .dynamic_group_conv2d import dynamic_group_conv2d
 from .gate_head import gate_head
 from .gated_affine import gated_affine
 from .gated_conv2d import gated_conv2d
@@ -13,6 +14,7 @@ __all__ = [
     "ActiveChannels",
     "compact_channels",
     "conv_gate_head",
+    "dynamic_group_conv2d",
     "gate_head",
     "gated_affine",
     "gated_conv2d",

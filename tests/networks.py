@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from acs_triton import ACSModel, zoo
+from acs_triton import ACSModel, DynamicGroupConv2d, zoo
 
 # By zoo name: builder arguments. The classifiers of VGG would fill the memory and test nothing.
 THIRD_PARTY: dict[str, dict[str, int]] = {
@@ -192,3 +192,45 @@ def assert_same_output(actual: Tensor, expected: Tensor, tolerance: float = 1e-4
     assert 0 < largest < float("inf")
     error = (actual.double() - expected.double()).abs().max().item()
     assert error <= tolerance * largest, f"error {error:.3g}, largest {largest:.3g}"
+
+
+class Bottlenecks(nn.Module):
+    """A stem, a bottleneck (`reduce`, `spatial`, `grow`) and an inverted residual, with wide inner convolutions."""
+
+    def __init__(self, width: int = 32, inner: int = 128) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.reduce = nn.Conv2d(width, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.spatial = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.grow = nn.Conv2d(inner, width, 1)
+        self.expand = nn.Conv2d(width, inner, 1)
+        self.bn3 = nn.BatchNorm2d(inner)
+        self.depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.bn4 = nn.BatchNorm2d(inner)
+        self.shrink = nn.Conv2d(inner, width, 1)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = torch.relu(self.bn2(self.spatial(torch.relu(self.bn1(self.reduce(x))))))
+        x = torch.relu(x + self.grow(y))
+        # A norm after the activation does not fold.
+        y = torch.relu(self.bn4(self.depthwise(self.bn3(torch.relu(self.expand(x))))))
+        return self.fc((x + self.shrink(y)).mean((2, 3)))
+
+
+def set_groups(model: nn.Module, share: float = 0.5, seed: int = 0) -> list[str]:
+    """Opens about `share` of the gates of every dynamic convolution of the network, at random; their names."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, DynamicGroupConv2d) and not name.startswith("gates.")
+    }
+    with torch.no_grad():
+        for layer in layers.values():
+            opened = torch.rand(layer.gate.shape, generator=generator) < share
+            layer.gate.copy_(torch.where(opened, 1.0, -1.0))
+    return list(layers)

@@ -22,6 +22,7 @@ def test_defaults_are_the_contract() -> None:
         "exclude": (),
         "spans_per_gate": 2,
         "dynamic_groups": (),
+        "target_group_density": None,
     }
 
 
@@ -64,6 +65,10 @@ def test_it_is_frozen_and_hashable() -> None:
         ("spans_per_gate", 0),
         ("spans_per_gate", None),
         ("dynamic_groups", 1),
+        ("target_group_density", 0),
+        ("target_group_density", 1.5),
+        ("target_group_density", "half"),
+        ("target_group_density", True),
     ],
 )
 def test_a_wrong_value_names_the_field_and_what_came(field: str, value: object) -> None:
@@ -94,6 +99,7 @@ EVERYTHING = ACSConfig(
     exclude=["z"],
     spans_per_gate=3,
     dynamic_groups=["w"],
+    target_group_density=0.5,
 )
 
 
@@ -121,7 +127,7 @@ def test_json_may_leave_fields_at_their_defaults() -> None:
         ("", "JSON"),
         ("[1]", "object"),
         ('{"target_density": 2}', "target_density"),
-        ('{"gate": "none"}', "gate"),
+        ('{"gate": "both"}', "gate"),
     ],
 )
 def test_bad_json_is_refused(text: str, message: str) -> None:

@@ -10,7 +10,8 @@ from networks import Chain, Residual, images, outputs, random_masks, randomised,
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from acs_triton import ACSModel, convert_model
+from acs_triton import ACSModel, DynamicGroupConv2d, channel_order, convert_model
+from acs_triton.reference.dynamic_group_conv2d import connections
 
 # Chain at width 16 on 12x12 images: one position of each layer, times the positions.
 CHAIN = {
@@ -237,3 +238,104 @@ def test_nothing_is_added_to_the_output_of_training() -> None:
     actual = model(images())
     model.cost_loss()
     assert torch.equal(actual, expected)
+
+
+# ---------------------------------------------------------------------- dynamic groups
+
+
+def grouped_chain(bits: dict[str, list[int]], **overrides: object) -> ACSModel:
+    """The chain with dynamic groups: a has gates for 16 -> 32 channels (4), b for 32 -> 32 (5)."""
+    model = chain(dynamic_groups=list(bits), **overrides)
+    with torch.no_grad():
+        for name, values in bits.items():
+            model.get_submodule(name).gate.copy_(torch.tensor(values) - 0.5)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard", "sparse"])
+def test_groups_by_hand(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_order, "SMALLEST_PART", 1)
+    # a: groups by the two top bits; b: by the top bit, so the first half of its outputs reads the first of its inputs.
+    model = grouped_chain({"a": [0, 0, 1, 1], "b": [0, 1, 1, 1, 1]})
+    outputs(model, images(4), mode, chain_masks([1, 2, 3, 4], [1, 4, 0, 3]))
+    report = model.macs()
+    assert {name: layer.dense for name, layer in report.layers.items()} == CHAIN
+    a = [CHAIN["a"] / 4 * share for share in (0.25, 0.5, 0.75, 1)]
+    # Of 16 pairs of groups of 8 channels: active inputs times active outputs in each half.
+    pairs = [1 * 1 + 0 * 0, 2 * 2 + 0 * 2, 0, 2 * 2 + 2 * 1]
+    b = [CHAIN["b"] / 16 * count for count in pairs]
+    c = [CHAIN["c"] * share for share in (0.25, 1, 0, 0.75)]
+    by_sample = [CHAIN["stem"] + CHAIN["fc"] + sum(layers) for layers in zip(a, b, c, strict=True)]
+    assert report.ideal_by_sample.tolist() == pytest.approx(by_sample)
+    assert report.layers["b"].ideal == pytest.approx(sum(b) / 4)
+    if mode == "sparse":
+        assert report.layers["a"].executed == pytest.approx(sum(a) / 4)
+        assert report.layers["b"].executed == pytest.approx(sum(b) / 4)
+        assert report.executed == pytest.approx(report.ideal)
+    else:
+        assert report.executed == report.dense == sum(CHAIN.values())
+
+
+def test_narrow_groups_that_run_together_are_executed_together() -> None:
+    model = grouped_chain({"b": [0, 0, 1, 1, 1]})
+    outputs(model, images(1), "sparse", chain_masks([2], [4]))
+    layer = model.macs().layers["b"]
+    assert layer.ideal == CHAIN["b"] / 8 and layer.executed == CHAIN["b"] / 2
+
+
+@pytest.mark.parametrize("target", [None, 0.25])
+def test_cost_loss_with_groups_is_the_formula(target: float | None) -> None:
+    bits = {"a": [0, 0, 1, 1], "b": [0, 1, 1, 1, 1]}
+    model = grouped_chain(bits, gate_hidden=6, target_density=0.5, target_group_density=target)
+    loss = soft(model, images(2), chain_masks([1, 2], [1, 4]))
+    gates, implied = 16 * 6 + 2 * 6 * 4, model.macs().ideal
+
+    def formula(group_density: float) -> float:
+        budget = gates + CHAIN["stem"] + CHAIN["fc"] + CHAIN["c"] * 0.5
+        budget += CHAIN["a"] * 0.5 * group_density + CHAIN["b"] * 0.25 * group_density
+        return ((gates + implied - budget) / budget) ** 2
+
+    # No target leaves the budget as if nothing were grouped.
+    assert loss.item() == pytest.approx(formula(1 if target is None else target), rel=1e-5)
+    assert model.cost_loss(target_group_density=0.5).item() == pytest.approx(formula(0.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["gap", "none"])
+def test_cost_loss_closes_groups_down_to_their_target(gate: str) -> None:
+    model = chain(gate=gate, dynamic_groups=["a", "b", "c"], target_group_density=0.125, target_density=1.0)
+    layers = [layer for layer in (model.a, model.b, model.c) if isinstance(layer, DynamicGroupConv2d)]
+    assert len(layers) == 3
+    optimizer = torch.optim.Adam([layer.gate for layer in layers], lr=0.01)
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = soft(model, images())
+        loss.backward()
+        optimizer.step()
+    assert all(layer.groups_now() >= 4 for layer in layers)
+    assert loss.item() < 0.2
+
+
+def test_cost_loss_without_gates_needs_a_target_for_the_groups() -> None:
+    model = chain(gate="none", dynamic_groups=["a"])
+    model.train()(images())
+    with pytest.raises(ValueError, match="target_group_density"):
+        model.cost_loss()
+    assert model.cost_loss(target_group_density=0.5).item() > 0
+    for density in (0.0, 1.5):
+        with pytest.raises(ValueError, match="target_group_density"):
+            model.cost_loss(target_group_density=density)
+
+
+def test_the_gradient_of_doubly_gated_groups_is_that_of_the_relaxed_product() -> None:
+    model = grouped_chain({"b": [0, 1, 0, 1, 1]}, target_group_density=0.5)
+    masks = random_masks(model, 2, 0.5)
+    soft(model, images(2), masks).backward()
+    counts = model.macs()
+    gates = (model.b.gate > 0).double().requires_grad_()
+    # Connections of active outputs to active inputs.
+    pairs = torch.einsum("np,pq,nq->n", masks["b"].double(), connections(gates, 32, 32), masks["a"].double()).mean()
+    implied = counts.gates + counts.ideal + CHAIN["b"] / 1024 * (pairs - pairs.detach())
+    budget = counts.gates + CHAIN["stem"] + CHAIN["fc"] + CHAIN["a"] / 2 + CHAIN["b"] / 8 + CHAIN["c"] / 2
+    (expected,) = torch.autograd.grad(((implied - budget) / budget) ** 2, gates)
+    assert expected.any()
+    torch.testing.assert_close(model.b.gate.grad.double(), expected, rtol=1e-4, atol=1e-7)

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import images
-from torch import Tensor
+from torch import Tensor, nn
 
 from acs_triton import DynamicGroupConv2d
+from acs_triton.layers import OPEN_START
+from acs_triton.reference.dynamic_group_conv2d import connections
 
 # (C_in, C_out, K): K is the number of common factors of two.
 SHAPES = [
@@ -35,14 +37,6 @@ def closed_form(c_in: int, c_out: int, bits: tuple[int, ...]) -> Tensor:
         differ = block_p ^ block_q
         u[p, q] = all(bit or not differ >> (count - 1 - k) & 1 for k, bit in enumerate(bits))
     return u
-
-
-def relaxed(gates: Tensor, c_in: int, c_out: int) -> Tensor:
-    """The product form of the paper, literally, for real-valued gates."""
-    u = torch.ones(1, 1, dtype=gates.dtype)
-    for g in gates:
-        u = torch.kron(u, g * torch.ones(2, 2, dtype=gates.dtype) + (1 - g) * torch.eye(2, dtype=gates.dtype))
-    return torch.kron(u, torch.ones(c_out >> len(gates), c_in >> len(gates), dtype=gates.dtype))
 
 
 @pytest.mark.parametrize(("c_in", "c_out", "count"), SHAPES)
@@ -84,10 +78,10 @@ def test_straight_through_gradient_is_that_of_the_relaxed_product(c_in: int, c_o
     for bits in itertools.product((0, 1), repeat=count):
         with_gates(layer, bits)
         gates = torch.tensor(bits, dtype=torch.float64, requires_grad=True)
-        (expected,) = torch.autograd.grad((relaxed(gates, c_in, c_out) * upstream).sum(), gates)
+        (expected,) = torch.autograd.grad((connections(gates, c_in, c_out) * upstream).sum(), gates)
         (actual,) = torch.autograd.grad((layer.connections() * upstream).sum(), layer.gate)
         torch.testing.assert_close(actual, expected)
-        (expected,) = torch.autograd.grad(relaxed(gates, c_in, c_out).mean(), gates)
+        (expected,) = torch.autograd.grad(connections(gates, c_in, c_out).mean(), gates)
         (actual,) = torch.autograd.grad(layer.density_regulariser(), layer.gate)
         torch.testing.assert_close(actual, expected)
 
@@ -114,7 +108,7 @@ def test_weight_and_gate_get_gradients_and_removed_connections_none() -> None:
 )
 def test_every_geometry_of_a_convolution(options: dict[str, object]) -> None:
     layer, x = with_gates(DynamicGroupConv2d(6, 4, **options), (0,)), images(2, 9, 6)
-    plain = torch.nn.Conv2d(6, 4, **options)
+    plain = nn.Conv2d(6, 4, **options)
     with torch.no_grad():
         plain.weight.copy_(layer.weight * closed_form(6, 4, (0,))[:, :, None, None])
         if plain.bias is not None:
@@ -157,3 +151,99 @@ def test_state_has_weight_bias_and_gate_and_loads() -> None:
     second.load_state_dict(first.state_dict())
     x = images(1, 5, 8)
     torch.testing.assert_close(second(x), first(x))
+
+
+# ---------------------------------------------------------------------- real groups
+
+
+# 64 -> 128 has every gate vector of K = 6.
+RECTANGLES = [(64, 128), (32, 16), (48, 48), (6, 4), (1, 1), (3, 5), (96, 64), (64, 64)]
+
+
+@pytest.mark.parametrize(("c_in", "c_out"), RECTANGLES)
+def test_grouped_is_masked_for_every_gate_vector(c_in: int, c_out: int) -> None:
+    layer, x = DynamicGroupConv2d(c_in, c_out, 3, padding=1).double(), images(2, 4, c_in).double()
+    for bits in itertools.product((0, 1), repeat=len(layer.gate)):
+        with_gates(layer, bits)
+        conv, in_permutation, out_permutation = layer.to_grouped()
+        assert type(conv) is nn.Conv2d and conv.groups == layer.groups_now() == 2 ** bits.count(0)
+        assert in_permutation.dtype == out_permutation.dtype == torch.int64
+        assert sorted(in_permutation.tolist()) == list(range(c_in))
+        assert sorted(out_permutation.tolist()) == list(range(c_out))
+        with torch.no_grad():
+            torch.testing.assert_close(conv(x[:, in_permutation])[:, out_permutation], layer(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 5, "stride": 2, "padding": 2},
+        {"kernel_size": (1, 3), "padding": (0, 1), "bias": False},
+        {"kernel_size": 3, "dilation": 2, "padding": "same"},
+        {"kernel_size": 4, "padding": "same"},
+        {"kernel_size": 3, "padding": "valid"},
+    ],
+)
+def test_grouped_keeps_the_geometry(options: dict[str, object]) -> None:
+    layer, x = with_gates(DynamicGroupConv2d(8, 12, **options), (1, 0)), images(2, 9, 8)
+    conv, in_permutation, out_permutation = layer.eval().to_grouped()
+    torch.testing.assert_close(conv(x[:, in_permutation])[:, out_permutation], layer(x))
+    assert (conv.bias is None) == (layer.bias is None) and not conv.training
+
+
+def test_grouped_shares_nothing_and_reads_no_removed_weight() -> None:
+    layer, x = with_gates(DynamicGroupConv2d(8, 8, 3), (0, 1, 0)), images(1, 5, 8)
+    expected = layer(x)
+    with torch.no_grad():
+        layer.weight[layer.connections() == 0] = float("nan")
+    grouped = layer.to_grouped()
+    torch.testing.assert_close(grouped.conv(x[:, grouped.in_permutation])[:, grouped.out_permutation], expected)
+    assert not layer.kept_weight().isnan().any()
+    with torch.no_grad():
+        grouped.conv.weight.zero_()
+        grouped.conv.bias.zero_()
+    assert layer.weight[layer.connections() > 0].all() and layer.bias.any()
+
+
+# ---------------------------------------------------------------------- from a convolution
+
+
+def test_from_a_convolution_it_starts_as_the_same_function_and_can_close() -> None:
+    conv, x = nn.Conv2d(16, 8, 3, stride=2, padding=1).eval(), images(2, 9, 16)
+    layer = DynamicGroupConv2d.from_conv(conv)
+    assert layer.weight is conv.weight and layer.bias is conv.bias and not layer.training
+    assert torch.equal(layer(x), conv(x))
+    assert layer.groups_now() == 1 and (layer.gate == OPEN_START).all()
+    optimizer = torch.optim.Adam([layer.gate], lr=1e-3)
+    steps = 0
+    while layer.groups_now() < 8:
+        optimizer.zero_grad()
+        layer.density_regulariser().backward()
+        optimizer.step()
+        steps += 1
+        assert steps < 300
+    assert steps > 20
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"padding_mode": "reflect"}])
+def test_from_another_convolution_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"from_conv.*groups 1 and padding_mode 'zeros'"):
+        DynamicGroupConv2d.from_conv(nn.Conv2d(4, 4, 3, padding=1, **options))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_compiles_as_one_graph(training: bool) -> None:
+    torch._dynamo.reset()
+    layer, x = DynamicGroupConv2d(16, 8, 3).train(training), images(2, 5, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for bits in ((0, 1, 0), (1, 1, 1)):
+        with_gates(layer, bits)
+        layer.zero_grad()
+        expected = layer(x)
+        (expected.square().sum() + layer.density_regulariser()).backward()
+        gradient = layer.gate.grad.clone()
+        layer.zero_grad()
+        actual = compiled(x)
+        (actual.square().sum() + layer.density_regulariser()).backward()
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(layer.gate.grad, gradient)

@@ -20,7 +20,7 @@ from networks import (
 )
 from torch import Tensor, nn
 
-from acs_triton import ACSConfig, ACSModel, DynamicGroupConv2d, convert_model
+from acs_triton import ACSConfig, ACSModel, convert_model
 
 
 class OwnConv2d(nn.Conv2d):
@@ -104,7 +104,6 @@ PRODUCERS: dict[str, tuple[nn.Module, str]] = {
     "grouped": (nn.Conv2d(16, 16, 3, padding=1, groups=4), "grouped"),
     "depthwise": (nn.Conv2d(16, 16, 3, padding=1, groups=16), "depthwise"),
     "subclass": (OwnConv2d(16, 16, 3, padding=1), "OwnConv2d"),
-    "dynamic": (DynamicGroupConv2d(16, 16, 3, padding=1), "DynamicGroupConv2d"),
     "reflect": (nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"), "reflect"),
     "circular": (nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"), "circular"),
     "even same": (nn.Conv2d(16, 16, 2, padding="same"), "asymmetric"),
