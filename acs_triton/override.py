@@ -78,7 +78,7 @@ class RandomMasks:
         return cls(
             groups,
             kept=(counts * float(density) + 0.5).long(),
-            absent=torch.arange(max(groups.values()), device=device) >= counts,
+            absent=torch.arange(max(groups.values(), default=0), device=device) >= counts,
             forwards=torch.full((1,), int(seed) << 32, dtype=torch.int64, device=device),
         )
 
