@@ -36,6 +36,11 @@ class GatedModel(MaskedModel):
     config: ACSConfig
     gates: nn.ModuleDict
 
+    @property
+    def architecture(self) -> str:
+        """What a checkpoint must agree on besides spans and tensors, as text."""
+        return ""
+
     def _start(self, config: ACSConfig, caches: Caches) -> None:
         self.config = config
         self._threshold = 0.5
