@@ -1,7 +1,8 @@
-"""Save and load a converted model: one safetensors file, its configuration in the metadata, no pickle."""
+"""Save and load a gated model: one safetensors file, its configuration in the metadata, no pickle."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,18 +15,19 @@ from torch import Tensor, nn
 
 from .config import ACSConfig
 from .convert import convert_model
+from .gated import GatedModel
 from .model import ACSModel
 
 _FORMAT = "acs_triton.1"
 _REQUIRED = ("config", "threshold", "spans")
 
 
-def save_model(model: ACSModel, path: str | os.PathLike[str]) -> None:
+def save_model(model: GatedModel, path: str | os.PathLike[str]) -> None:
     """Write weights, gates, configuration and threshold to `path`, atomically.
 
-    An existing file is replaced only by a complete one. Raises TypeError for anything but an ACSModel.
+    An existing file is replaced only by a complete one. Raises TypeError for anything but a gated model.
     """
-    if not isinstance(model, ACSModel):
+    if not isinstance(model, GatedModel):
         raise TypeError(
             f"save_model: expected an ACSModel, got {type(model).__name__}; "
             "convert it first, and pass the model itself, not its compiled form"
@@ -35,6 +37,7 @@ def save_model(model: ACSModel, path: str | os.PathLike[str]) -> None:
         "config": model.config.to_json(),
         "threshold": repr(model.threshold),
         "spans": _spans_json(model),
+        "architecture": model.architecture,
     }
     # One tensor a name: the format refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
@@ -55,8 +58,10 @@ def save_model(model: ACSModel, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def load_model(path: str | os.PathLike[str], net: nn.Module) -> ACSModel:
+def load_model(path: str | os.PathLike[str], net: nn.Module) -> GatedModel:
     """The model that `save_model` wrote to `path`, in eval mode; `net` is its network and is not changed.
+
+    net: what was converted or, for a network that has gates of its own, a fresh one of the same shape.
 
     Raises FileNotFoundError, and ValueError for a file that is truncated or not ours, for another
     architecture than `net`'s, and for an unknown configuration field. Nothing is half-loaded.
@@ -70,11 +75,15 @@ def load_model(path: str | os.PathLike[str], net: nn.Module) -> ACSModel:
         config = ACSConfig.from_json(metadata["config"])
     except TypeError as error:
         raise ValueError(f"load_model: {path} holds an invalid configuration: {error}") from error
-    model = convert_model(net, config)
-    if _spans_json(model) != metadata["spans"]:
+    if isinstance(net, GatedModel) and not isinstance(net, ACSModel):
+        model: GatedModel = copy.deepcopy(net)
+        model.config = config
+    else:
+        model = convert_model(net, config)
+    if _spans_json(model) != metadata["spans"] or model.architecture != metadata.get("architecture", ""):
         raise ValueError(
             f"load_model: {path} was saved from a network of another architecture than {type(net).__name__}: "
-            "its gated spans differ; pass the network that it was converted from"
+            "its gated spans or layers differ; pass the network that it was made from"
         )
     _refuse_other_tensors(path, model, tensors)
     own = model.state_dict()
@@ -102,7 +111,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
     return metadata, tensors
 
 
-def _refuse_other_tensors(path: str | os.PathLike[str], model: ACSModel, tensors: dict[str, Tensor]) -> None:
+def _refuse_other_tensors(path: str | os.PathLike[str], model: GatedModel, tensors: dict[str, Tensor]) -> None:
     own = model.state_dict()
     problems = [f"missing {name}" for name in sorted(set(own) - set(tensors))]
     problems += [f"unexpected {name}" for name in sorted(set(tensors) - set(own))]
@@ -116,5 +125,5 @@ def _refuse_other_tensors(path: str | os.PathLike[str], model: ACSModel, tensors
         raise ValueError(f"load_model: {path} does not fit the network: {shown}")
 
 
-def _spans_json(model: ACSModel) -> str:
+def _spans_json(model: GatedModel) -> str:
     return json.dumps({name: dataclasses.asdict(span) for name, span in model.report.gated.items()}, sort_keys=True)

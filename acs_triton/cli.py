@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from .convert import convert_model
 from .demo import run
 from .demo.data import Images, fashion_mnist, mnist_digits
 from .demo.training import Progress
+from .gated import GatedModel
 from .gates import GATE_CLASSES
 
 _BAD_INPUT, _FAILED = 2, 1
@@ -59,17 +60,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     channels, height, width = _input_size(arguments.input_size or "224")
-    network = zoo.build(arguments.model).eval()
-    model = convert_model(
-        network,
-        ACSConfig(
-            gate=arguments.gate,
-            granularity=arguments.granularity,
-            include=tuple(arguments.include),
-            exclude=tuple(arguments.exclude),
-        ),
-        inplace=True,
-    )
+    model = _gated(arguments)
     text = str(model.report)
     if arguments.input_size is not None:
         with torch.no_grad(), model.set_mode("hard"), model.override_masks(density=arguments.density):
@@ -82,6 +73,25 @@ def inspect(arguments: argparse.Namespace) -> int:
         )
     print(text)
     return 0
+
+
+def _gated(arguments: argparse.Namespace) -> GatedModel:
+    config = ACSConfig(
+        gate=arguments.gate,
+        granularity=arguments.granularity,
+        include=tuple(arguments.include),
+        exclude=tuple(arguments.exclude),
+    )
+    network = zoo.build(arguments.model).eval()
+    if not isinstance(network, GatedModel):
+        return convert_model(network, config, inplace=True)
+    if config.include or config.exclude:
+        raise ValueError(f"inspect: {arguments.model} has gates of its own; leave --include and --exclude out")
+    options: dict[str, Any] = {"gate": config.gate, "granularity": config.granularity}
+    if arguments.input_size is not None:
+        channels, height, width = _input_size(arguments.input_size)
+        options |= {"in_channels": channels, "image_size": max(height, width)}
+    return cast(GatedModel, zoo.build(arguments.model, **options).eval())
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adopt import original_of
 from .config import ACSConfig
 from .dynamic_groups import make_dynamic, make_plain, replace_modules
+from .gated import GatedModel
 from .model import ACSModel
 
 
@@ -39,6 +40,8 @@ def convert_model(
         raise TypeError(f"convert_model: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, ACSModel):
         raise ValueError("convert_model: model is converted already; call unconvert(model) first")
+    if isinstance(model, GatedModel):
+        raise ValueError(f"convert_model: {type(model).__name__} has gates of its own; use it as it is")
     if config is not None and not isinstance(config, ACSConfig):
         raise TypeError(f"convert_model: config must be an ACSConfig, got {type(config).__name__}")
     config = (config or ACSConfig()).replace(**overrides)

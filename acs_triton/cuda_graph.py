@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .model import ACSModel
+    from .gated import GatedModel
 
 # Before a capture: the kernels compile, PyTorch picks algorithms and loads its libraries.
 WARM_UPS = 3
 
 
 class GraphedModel:
-    """A sparse forward for one input shape, made by `ACSModel.cuda_graph`.
+    """A sparse forward for one input shape, made by `cuda_graph` of a gated model.
 
     Called with a tensor like the example, it returns what the model's forward returns, in tensors that the next call
     overwrites: clone what must last. Autocast is as it was at capture. Gates decide anew at each call, and `masks()`,
@@ -26,7 +26,7 @@ class GraphedModel:
     `override_masks` is not what was captured. Capture again then; after a mere change of weights `model.lower()` does.
     """
 
-    def __init__(self, model: ACSModel, example_input: Tensor) -> None:
+    def __init__(self, model: GatedModel, example_input: Tensor) -> None:
         _check_example(model, example_input)
         self._model = model
         device = example_input.device
@@ -94,7 +94,7 @@ class GraphedModel:
             )
 
 
-def _check_example(model: ACSModel, example_input: Tensor) -> None:
+def _check_example(model: GatedModel, example_input: Tensor) -> None:
     if not isinstance(example_input, Tensor):
         raise TypeError(f"cuda_graph: example_input must be a tensor [N, C, H, W], got {type(example_input).__name__}")
     if example_input.device.type != "cuda":

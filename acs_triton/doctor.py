@@ -12,7 +12,7 @@ import torch
 
 from . import ops, zoo
 from .demo.report import processor
-from .model import MODES
+from .state import MODES
 
 _PACKAGES = ("acs-triton", "torch", "triton", "numpy", "safetensors", "torchvision", "timm", "matplotlib", "mlxtend")
 # What decides how fast a CPU convolves, of the many flags that torch knows.

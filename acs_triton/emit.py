@@ -125,7 +125,7 @@ class Emitter:
         folded = fused.folded
         masked, name = self._fusion.skip_identity(conv_node.args[0]), self._producers.get(conv_node)
         x, end = self._value(masked), (geometry_of(folded), fused.activation)
-        weight = self._packed(_storage(folded.weight, in_active is not None, out_active is not None))
+        weight = self._packed(storage(folded.weight, in_active is not None, out_active is not None))
         bias = self._packed_or_none(folded.bias)
         if name is not None and name in self._in_groups:
             return self.graph.call_function(sparse.produce_groups, (x, weight, bias, out_active, *end))
@@ -280,7 +280,7 @@ class Emitter:
         self, common: tuple[Any, ...], front: Tensor, shift: Tensor, tails: list[Any], names: list[str]
     ) -> fx.Node:
         in_gated = common[2] is not None
-        weights = (self._packed(_storage(front, in_gated, False)), self._packed(shift))
+        weights = (self._packed(storage(front, in_gated, False)), self._packed(shift))
         packed = [(self._packed(matrix), self._packed(bias), *sizes) for matrix, bias, *sizes in tails]
         return self.graph.call_function(sparse.conv_gate, (*common, *weights, packed, names))
 
@@ -306,7 +306,7 @@ def geometry_of(folded: Folded) -> sparse.Geometry:
     return folded.stride, folded.padding, folded.dilation
 
 
-def _storage(weight: Tensor, in_gated: bool, out_gated: bool) -> Tensor:
+def storage(weight: Tensor, in_gated: bool, out_gated: bool) -> Tensor:
     """The memory layout from which the active part is gathered fastest."""
     if in_gated and not out_gated and weight.shape[2:] == (1, 1):
         return weight.transpose(0, 1).contiguous().transpose(0, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 if TYPE_CHECKING:
-    from .lower import Lowered
+    from .state import LoweredState
 
 
 class Layer(NamedTuple):
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
 
 @contextmanager
-def on_paper(lowered: Lowered, device: torch.device) -> Iterator[list[Any]]:
+def on_paper(lowered: LoweredState, device: torch.device) -> Iterator[list[Any]]:
     """Inside the block no kernel of `lowered` runs, and results are undefined; yields what would be launched."""
     from . import cpu
 

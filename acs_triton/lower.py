@@ -20,6 +20,7 @@ from .emit_kernels import KernelEmitter
 from .program import Programs
 from .spans import check_spans
 from .staleness import Sources
+from .state import LoweredState
 from .trace import compile_graph
 
 if TYPE_CHECKING:
@@ -39,20 +40,14 @@ class LoweredPart:
     tensors: list[Tensor]
 
 
-@dataclass
-class Lowered:
+@dataclass(kw_only=True)
+class Lowered(LoweredState):
     """Sparse graphs by the part they run ("" for the network itself), and what they were made from.
 
-    sources: what must be unchanged for the packed weights to be true.
-    implementation: the module of operators that the graphs are for.
-    dtype: what autocast computes in, where the weights are packed in that dtype; None without autocast.
     gate_macs: cache of `cost`, by input shape without the batch.
     """
 
     by_part: dict[str, LoweredPart]
-    sources: Sources
-    implementation: ModuleType
-    dtype: torch.dtype | None = None
     gate_macs: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
@@ -79,7 +74,7 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lower
     if earlier is not None and all(parts[part] is known for part, known in earlier.by_part.items()):
         earlier.sources, earlier.implementation, earlier.dtype = sources, implementation, dtype
         return earlier
-    return Lowered(parts, sources, implementation, dtype)
+    return Lowered(by_part=parts, sources=sources, implementation=implementation, dtype=dtype)
 
 
 def target(device: torch.device) -> tuple[ModuleType, torch.dtype | None]:
@@ -97,13 +92,20 @@ def _reuse(emitter: Emitter, earlier: LoweredPart | None) -> LoweredPart:
     code = str(emitter.graph.python_code("self").src)
     if earlier is None or code != str(earlier.graph.python_code("self").src):
         return LoweredPart(emitter.graph, compile_graph(emitter.graph), emitter.tensors)
-    if len(earlier.tensors) != len(emitter.tensors) or not all(map(_alike, earlier.tensors, emitter.tensors)):
+    if not overwrite(earlier.tensors, emitter.tensors):
         return LoweredPart(emitter.graph, earlier.forward, emitter.tensors)
-    for old, new in zip(earlier.tensors, emitter.tensors, strict=True):
-        old.copy_(new)
     # The same code, but its nodes may count other channels.
     earlier.graph = emitter.graph
     return earlier
+
+
+def overwrite(earlier: list[Tensor], tensors: list[Tensor]) -> bool:
+    """Write `tensors` into those of `earlier`; False, with nothing written, where they are not alike."""
+    if len(earlier) != len(tensors) or not all(map(_alike, earlier, tensors)):
+        return False
+    for old, new in zip(earlier, tensors, strict=True):
+        old.copy_(new)
+    return True
 
 
 def _alike(old: Tensor, new: Tensor) -> bool:

@@ -19,7 +19,7 @@ from .reference.gated_conv2d import sides, spatial_size
 from .sparse import Geometry
 
 if TYPE_CHECKING:
-    from .model import ACSModel
+    from .gated import GatedModel
 
 Sizes = list[tuple[int, int]]
 """Channels and granularity of each head."""
@@ -134,7 +134,7 @@ def depthwise(
 
 
 def pooled_gate(
-    model: ACSModel,
+    model: GatedModel,
     x: Tensor,
     sums: Tensor | None,
     in_active: ActiveChannels | None,
@@ -166,7 +166,7 @@ def pooled_gate(
 
 
 def conv_gate(
-    model: ACSModel,
+    model: GatedModel,
     x: Tensor,
     in_active: ActiveChannels | None,
     front: Tensor,

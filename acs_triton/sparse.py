@@ -17,7 +17,7 @@ from .gates import full_precision
 from .ops import ActiveChannels, run_direct
 
 if TYPE_CHECKING:
-    from .model import ACSModel
+    from .gated import GatedModel
     from .reference.gate_head import Head
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -120,7 +120,7 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor, active: ActiveChannels, acti
 
 
 def pooled_gate(
-    model: ACSModel,
+    model: GatedModel,
     x: Tensor,
     in_active: ActiveChannels | None,
     w1: Tensor,
@@ -139,7 +139,7 @@ def pooled_gate(
 
 
 def conv_gate(
-    model: ACSModel,
+    model: GatedModel,
     x: Tensor,
     in_active: ActiveChannels | None,
     weight: Tensor,

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .trace import hook_tables
 
 if TYPE_CHECKING:
-    from .model import ACSModel
+    from .gated import GatedModel
 
 _version_of = operator.attrgetter("_version")
 _training_of = operator.attrgetter("training")
@@ -75,11 +75,11 @@ class Sources:
         return self._states() != self.states
 
 
-_watching: weakref.WeakSet[ACSModel] = weakref.WeakSet()
+_watching: weakref.WeakSet[GatedModel] = weakref.WeakSet()
 _hooked: list[Any] = []
 
 
-def watch_optimizers(model: ACSModel) -> None:
+def watch_optimizers(model: GatedModel) -> None:
     """Mark `model` stale after each step of an optimizer that holds one of its parameters.
 
     A fused step changes no tensor version.

@@ -1,23 +1,36 @@
-"""The state of a converted model that is not weights: its caches, and what a change of mode remembers."""
+"""The state of a gated model that is not weights: its caches, and what a change of mode remembers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .override import MaskSource
-from .program import Programs
 from .reference import ActiveChannels
+from .staleness import Sources
 
 if TYPE_CHECKING:
-    from .lower import Lowered
-    from .model import ACSModel
+    from .gated import GatedModel
 
 MODES = ("soft", "hard", "sparse")
+
+
+@dataclass(kw_only=True)
+class LoweredState:
+    """What is known of a lowered model, whatever its form.
+
+    sources: what must be unchanged for the packed weights to be true.
+    implementation: the module of operators that it is for.
+    dtype: what autocast computes in, where the weights are packed in that dtype; None without autocast.
+    """
+
+    sources: Sources
+    implementation: ModuleType
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -28,27 +41,24 @@ class Caches:
         bool masks [N, groups] (hard) or ActiveChannels (sparse).
     """
 
-    programs: Programs | None = None
-    lowered: Lowered | None = None
+    lowered: LoweredState | None = None
     stale: bool = True
     record: dict[str, Tensor | ActiveChannels] = field(default_factory=dict)
     recorded_mode: str = ""
     recorded_input: tuple[int, ...] = ()
     override: MaskSource | None = None
     forced: dict[str, Tensor] = field(default_factory=dict)
-    parts_ran: set[str] = field(default_factory=set)
-    part_runner: Callable[[str, tuple[Any, ...]], Any] | None = None
 
 
 class ModeGuard:
     """What `set_mode` returns: entering keeps the new mode, leaving restores the earlier one."""
 
-    def __init__(self, model: ACSModel, earlier: str, chosen: str) -> None:
+    def __init__(self, model: GatedModel, earlier: str, chosen: str) -> None:
         self._model = model
         self._earlier = earlier
         self._chosen = chosen
 
-    def __enter__(self) -> ACSModel:
+    def __enter__(self) -> GatedModel:
         return self._model
 
     def __exit__(

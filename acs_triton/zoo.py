@@ -1,4 +1,4 @@
-"""Classification networks of torchvision and timm by name, with random weights: nothing is ever downloaded."""
+"""Our own networks and those of torchvision and timm by name, with random weights: nothing is ever downloaded."""
 
 import difflib
 import importlib
@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-PACKAGES = ("torchvision", "timm")
+from .models import acs_densenet, g_resnext50, g_resnext101
+
+PACKAGES = ("acs_triton", "torchvision", "timm")
+_OWN = {"acs_densenet": acs_densenet, "g_resnext50": g_resnext50, "g_resnext101": g_resnext101}
 
 # Their auxiliary heads, on by default, exist in training only; their own initialisation takes many seconds.
 TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -23,7 +26,8 @@ _schemas: list[torch.library.Library] = []  # a Library takes its operators alon
 def build(name: str, **kwargs: Any) -> nn.Module:
     """Build a network with random weights.
 
-    `name` is a torchvision name or else a timm name; `torchvision/resnet18` and `timm/resnet18` say which.
+    `name` is a name of `acs_triton.models`, of torchvision or else of timm; `torchvision/resnet18` and `timm/resnet18`
+    say which.
     `kwargs` go to the builder, for instance `num_classes`.
 
     Raises ValueError for an unknown name or a request for weights, ImportError where a package is missing.
@@ -36,6 +40,8 @@ def build(name: str, **kwargs: Any) -> nn.Module:
                 "call load_state_dict on the network that it returns"
             )
     package, _, plain = name.rpartition("/")
+    if package in ("", "acs_triton") and plain in _OWN:
+        return _OWN[plain](**kwargs)
     if package in ("", "torchvision") and plain in _names_in("torchvision"):
         options = TORCHVISION_DEFAULTS.get(plain, {}) | kwargs
         return import_torchvision().models.get_model(plain, weights=None, **options)
@@ -94,6 +100,8 @@ def _import(package: str) -> ModuleType:
 
 
 def _names_in(package: str) -> list[str]:
+    if package == "acs_triton":
+        return [*_OWN]
     if package == "timm":
         return _import_timm().list_models()
     models = import_torchvision().models
