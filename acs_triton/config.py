@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ class ACSConfig:
     gate: "acs", the ACS-GN gating network of the paper, or "gap", a pooled two-layer MLP.
     gate_hidden: width of the gate.
     granularity: contiguous channels that share one logit; an int, or "auto" (C // 8 clamped to
-        8..64). It is reduced to the largest divisor of the layer's channel count. 1 is the paper's.
+        8..64), or "groups:4" (C // 4, for four groups a layer, and so for any count). It is reduced to
+        the largest divisor of the layer's channel count. 1 is the paper's.
     target_density: mean share of channels to compute, in (0, 1]; sets the budget of `cost_loss`.
     eval_mode: the mode that `eval()` selects, "sparse" or "hard".
     min_channels: convolutions with fewer output channels are not gated.
@@ -52,8 +54,8 @@ class ACSConfig:
         _expect_choice("eval_mode", self.eval_mode, EVAL_MODES)
         for name in ("gate_hidden", "min_channels", "spans_per_gate"):
             _expect_positive_int(name, getattr(self, name))
-        if self.granularity != "auto":
-            _expect_positive_int("granularity", self.granularity, also='or "auto"')
+        if _groups_a_layer(self.granularity) is None and self.granularity != "auto":
+            _expect_positive_int("granularity", self.granularity, also='or "auto" or "groups:4"')
         density = self.target_density
         if isinstance(density, bool) or not isinstance(density, (int, float)):
             raise TypeError(f"ACSConfig: target_density must be a number in (0, 1], got {density!r}")
@@ -67,7 +69,10 @@ class ACSConfig:
 
     def granularity_for(self, channels: int) -> int:
         """Channels per group in a layer of `channels`: the largest divisor not above the setting."""
-        if self.granularity == "auto":
+        groups = _groups_a_layer(self.granularity)
+        if groups is not None:
+            wanted = max(channels // groups, 1)
+        elif self.granularity == "auto":
             wanted = min(max(channels // AUTO_GROUPS, AUTO_MIN_GRANULARITY), AUTO_MAX_GRANULARITY)
         else:
             wanted = int(self.granularity)
@@ -92,6 +97,12 @@ class ACSConfig:
             raise ValueError(f"ACSConfig.from_json: expected a JSON object, got {type(fields).__name__}")
         _expect_known_fields(fields, "ACSConfig.from_json")
         return cls(**fields)
+
+
+def _groups_a_layer(granularity: object) -> int | None:
+    """The 4 of "groups:4"; None for everything else."""
+    found = re.fullmatch(r"groups:([1-9]\d*)", granularity) if isinstance(granularity, str) else None
+    return None if found is None else int(found[1])
 
 
 def _expect_known_fields(fields: dict[str, Any], function: str) -> None:

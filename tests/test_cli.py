@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acs_triton import cli
+from acs_triton import cli, progress
 
 
 def one_line_error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -107,9 +107,9 @@ def test_python_m_runs_it() -> None:
 
 
 def test_progress_without_a_terminal_is_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = cli._stage("train")
+    show = progress.stage("train")
     for step in range(1, 101):
-        progress(step, 100, f"loss {step}")
+        show(step, 100, f"loss {step}")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1:3] for line in lines] == [["25", "%"], ["50", "%"], ["75", "%"], ["100", "%"]]
     assert lines[-1].endswith("loss 100")
@@ -124,8 +124,8 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = cli._stage("train")
+    show = progress.stage("train")
     for step in range(1, 6):
-        progress(step, 5, "loss 0.5")
+        show(step, 5, "loss 0.5")
     assert "100 %" in terminal.getvalue()
     assert "loss 0.5" in terminal.getvalue()

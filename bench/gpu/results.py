@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from acs_triton.machine import commit
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("kernels", "acs_triton", "bench/gpu", "bench/layers.py")
 STAGES = ("parity", "ceilings", "layers", "networks")
@@ -89,16 +91,6 @@ def sources() -> str:
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def commit() -> str | None:
-    """The commit that is checked out, with "+" behind it if files changed since; None outside of a repository."""
-    try:
-        head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-        changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changed else "")
 
 
 def _nvidia_smi(*fields: str) -> dict[str, str]:
