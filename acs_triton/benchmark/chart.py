@@ -52,8 +52,9 @@ def _panel(axes: Any, record: Record) -> None:
         axes.barh(row, middle, height=0.72, color=colour)
         axes.plot([low, high], [row, row], color=_INK, linewidth=1.2, solid_capstyle="butt")
         factor = speed_up(record, name).partition(" ")[0]
-        axes.text(1.01, row, f"{middle:.1f} ms   {factor}", transform=axes.get_yaxis_transform(), va="center",
-                  fontsize=10, color=_INK)  # fmt: skip
+        for place, word in ((1.11, f"{middle:.1f} ms"), (1.19, factor)):
+            axes.text(place, row, word, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=10,
+                      color=_INK)  # fmt: skip
     if fastest is not None:
         axes.axvline(1e3 * fastest, color=_INK, linewidth=1, linestyle=":")
     axes.set_yticks(range(len(names)), [label(name, record) for name in names], fontsize=10, color=_INK)

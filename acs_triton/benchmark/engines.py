@@ -58,7 +58,7 @@ def build(name: str, network: nn.Module, x: Tensor) -> Engine:
     except UnavailableError:
         raise
     except Exception as error:  # exporters and compilers raise whatever they like
-        raise UnavailableError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise UnavailableError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextmanager

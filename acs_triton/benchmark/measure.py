@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,36 +45,59 @@ _CHOICE_SECONDS = 2.0
 
 
 def measure(setting: Setting, stage: Stage = silent, network: nn.Module | None = None) -> dict[str, Any]:
-    """The record of one pass, as JSON can hold it; seconds everywhere.
+    """The record of one pass, as `Pass` makes it."""
+    with Pass(setting, stage) as run:
+        return run.run(network)
 
-    network: instead of the one that `zoo.build` makes; it is copied.
 
-    `times` has the engines that ran: median, p10, p90, samples. `parity` has every engine: error, allowed, ok; one
-    that is not ok is not timed. `ours`, by engine: gate, granularity, density, MACs a sample, and the seconds and the
-    share of time of the gates. `pruned`: the dense engine it ran on. `notes`: what is missing and why.
-    Raises ValueError for a network that cannot be built, fed or gated.
+class Pass:
+    """One pass; a context manager, because threads are set and masks overridden while it lasts.
+
+    engines: those that compute the right thing, by name; models: ours, by name.
+    record: what `run` found, as JSON can hold it, with seconds everywhere. `times` has the engines that ran: median,
+        p10, p90, samples. `parity` has all of them: error, allowed, ok; one that is not ok is not timed. `missing` has
+        those that do not exist here, and why. `ours`, by engine: gate, granularity, density, MACs a sample, and the
+        seconds and the share of time of the gates. `pruned`: the density, and the dense engine it ran on.
     """
-    with engines.threads(setting.threads), ExitStack() as overrides:
-        run = _Pass(setting, overrides, stage)
-        run.prepare(network)
-        run.add_dense()
-        fastest = run.fastest_dense()
-        run.add_ours()
-        run.add_pruned(fastest)
-        run.measure()
-        return run.record
 
+    def __init__(self, setting: Setting, stage: Stage = silent) -> None:
+        self.setting = setting
+        self.stage = stage
+        self.engines: dict[str, Engine] = {}
+        self.models: dict[str, ACSModel] = {}
+        self.record: dict[str, Any] = {
+            "setting": dataclasses.asdict(setting), "missing": {}, "parity": {}, "ours": {}, "pruned": {},
+            "fastest_dense": None, "times": {},
+        }  # fmt: skip
+        self._open = ExitStack()
 
-@dataclass
-class _Pass:
-    setting: Setting
-    overrides: ExitStack
-    stage: Stage
-    engines: dict[str, Engine] = field(default_factory=dict)
-    models: dict[str, ACSModel] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    def __enter__(self) -> Pass:
+        self._open.enter_context(engines.threads(self.setting.threads))
+        return self
 
-    def prepare(self, network: nn.Module | None) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def run(self, network: nn.Module | None = None) -> dict[str, Any]:
+        """Build, check and time everything.
+
+        network: instead of the one that `zoo.build` makes; it is not changed.
+        Raises ValueError for a network that cannot be built, fed or gated.
+        """
+        self._prepare(network)
+        self._add_dense()
+        fastest = self._fastest_dense()
+        self._add_all_of_ours()
+        self._add_pruned(fastest)
+        self._time()
+        return self.record
+
+    def turning(self, name: str) -> timing.Engine:
+        """The engine on the batches in turn, each in its layout. To be called in inference mode."""
+        engine = self.engines[name]
+        return _on_each(engine.run, [x.contiguous(memory_format=engine.layout) for x in self.rotation])
+
+    def _prepare(self, network: nn.Module | None) -> None:
         setting = self.setting
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # an earlier pass compiled code for another shape
@@ -91,38 +113,29 @@ class _Pass:
             raise ValueError(f"bench: {setting.network} must return one tensor, got {type(result).__name__}")
         if not result.isfinite().all():
             raise ValueError(f"bench: {setting.network} with random weights returns values that are not finite")
-        self.network = channels_last(given).requires_grad_(False)
+        self.network = channels_last(given).requires_grad_(False).to(dtype)
         everything = images(_ROTATION * setting.batch, setting.size, torch.device("cpu"), seed=1).to(dtype)
         self.rotation = list(everything.split(setting.batch))
-        self.low = copy.deepcopy(self.network).to(dtype)
-        self.record = {
-            "setting": dataclasses.asdict(setting), "notes": [], "parity": {}, "ours": {}, "pruned": {},
-            "fastest_dense": None, "times": {},
-        }  # fmt: skip
 
-    @property
-    def x(self) -> Tensor:
-        return self.rotation[0]
-
-    def add_dense(self) -> None:
+    def _add_dense(self) -> None:
         wanted = [name for name in HOW if name == EAGER or name in self.setting.engines]
         progress = self.stage("build dense engines")
         for done, name in enumerate(wanted):
             progress(done, len(wanted), name)
-            self._add_dense(name, name, self.low)
+            self._add_engine(name, name, self.network)
         progress(len(wanted), len(wanted), "")
 
-    def _add_dense(self, key: str, kind: str, network: nn.Module) -> bool:
+    def _add_engine(self, key: str, kind: str, network: nn.Module) -> bool:
         """Whether there is such an engine here."""
         try:
-            engine = engines.build(kind, network, self.x)
-            actual = engine.on(self.x)
+            engine = engines.build(kind, network, self.rotation[0])
+            actual = engine.on(self.rotation[0])
         except UnavailableError as error:
-            self.record["notes"].append(str(error))
+            self.record["missing"][key] = str(error)
             return False
         with torch.inference_mode():
-            own = channels_last(network)(self.x)
-            exact = own if own.dtype == torch.float32 else copy.deepcopy(network).float()(self.x.float())
+            own = channels_last(network)(self.rotation[0])
+            exact = own if own.dtype == torch.float32 else copy.deepcopy(network).float()(self.rotation[0].float())
         self._add(key, engine, compare(actual, own, exact))
         return True
 
@@ -130,19 +143,15 @@ class _Pass:
         self.record["parity"][key] = {"error": found.error, "allowed": found.allowed, "ok": found.ok}
         if found.ok:
             self.engines[key] = engine
-        else:
-            self.record["notes"].append(f"{key}: PARITY FAILED, error {found.error:.2e}, allowed {found.allowed:.2e}")
 
-    def fastest_dense(self) -> str:
-        known = {name: engine for name, engine in self.engines.items() if name in HOW}
+    def _fastest_dense(self) -> str:
+        known = {name: self.turning(name) for name in self.engines if name in HOW}
         with torch.inference_mode():
-            found = timing.interleaved(
-                self._turning(known), repeats=20, seconds=_CHOICE_SECONDS, warmup=1, clock=_settled
-            )
-        self.eager_seconds = found[EAGER].median
+            found = timing.interleaved(known, repeats=20, seconds=_CHOICE_SECONDS, warmup=1, clock=_settled)
+        self._eager_seconds = found[EAGER].median
         return min(found, key=lambda name: found[name].median)
 
-    def add_ours(self) -> None:
+    def _add_all_of_ours(self) -> None:
         setting = self.setting
         variants = list(itertools.product(setting.gates, setting.granularities, setting.densities))
         progress = self.stage("convert, lower, check")
@@ -157,14 +166,14 @@ class _Pass:
             self.engines[MASKED] = Engine(hard)
 
     def _add_ours(self, variant: Variant) -> None:
-        model = convert_model(self.low, gate=variant.gate, granularity=variant.granularity)
+        model = convert_model(self.network, gate=variant.gate, granularity=variant.granularity)
         model.set_mode("sparse")
         self._override(model, variant.density)
         if self.setting.tune:
-            _tune(model, self.x)
-        found = sparse_against_hard(model, self.x)
+            _tune(model, self.rotation[0])
+        found = sparse_against_hard(model, self.rotation[0])
         with torch.inference_mode():
-            model(self.x)
+            model(self.rotation[0])
         macs = model.macs()
         self.models[variant.name] = model
         self.record["ours"][variant.name] = {
@@ -175,35 +184,37 @@ class _Pass:
 
     def _override(self, model: ACSModel, density: float) -> None:
         """Random masks of this density, new at each forward, for as long as the pass takes."""
-        self.overrides.enter_context(model.override_masks(density=density))
+        self._open.enter_context(model.override_masks(density=density))
 
-    def add_pruned(self, fastest: str) -> None:
-        if PRUNED not in self.setting.engines:
+    def _add_pruned(self, fastest: str) -> None:
+        narrower = [density for density in self.setting.densities if density < 1]
+        if PRUNED not in self.setting.engines or not narrower:
             return
         model = next(iter(self.models.values()))
-        narrower = [density for density in self.setting.densities if density < 1]
         progress = self.stage(f"build pruned networks on {fastest}")
         for done, density in enumerate(narrower):
             progress(done, len(narrower), "")
-            narrow = statically_pruned(self.low, model, density)
+            narrow = statically_pruned(self.network, model, density)
             for kind in dict.fromkeys((fastest, EAGER)):
-                if self._add_dense(pruned_name(density), kind, narrow):
+                if self._add_engine(pruned_name(density), kind, narrow):
                     self.record["pruned"][pruned_name(density)] = {"density": density, "on": kind}
                     break
         progress(len(narrower), len(narrower), "")
 
-    def measure(self) -> None:
+    def _time(self) -> None:
         setting, record = self.setting, self.record
-        if EAGER not in setting.engines and len(self.engines) > 1:
-            del self.engines[EAGER]
         progress = self.stage(f"time {len(self.engines)} engines")
-        calls = min(10, max(1, math.ceil(_SAMPLE / self.eager_seconds)))
+        calls = min(10, max(1, math.ceil(_SAMPLE / self._eager_seconds)))
         with torch.inference_mode():
             found = timing.interleaved(
-                self._turning(self.engines), repeats=_ROUNDS, warmup=1, calls=calls, seconds=setting.seconds,
+                {name: self.turning(name) for name in self.engines},
+                repeats=_ROUNDS,
+                warmup=1,
+                calls=calls,
+                seconds=setting.seconds,
                 progress=lambda share: progress(round(1000 * share), 1000, ""),
-                clock=_settled if self.eager_seconds < _SLOW else _rested,
-            )  # fmt: skip
+                clock=_settled if self._eager_seconds < _SLOW else _rested,
+            )
         for name, times in found.items():
             record["times"][name] = {
                 "median": times.median, "p10": times.p10, "p90": times.p90, "samples": len(times.samples),
@@ -213,15 +224,8 @@ class _Pass:
         for name, ours in record["ours"].items():
             if name in found:
                 repeats = min(20, max(3, math.ceil(0.3 / found[name].median)))
-                seconds = gate_seconds(self.models[name], self.x, repeats)
+                seconds = gate_seconds(self.models[name], self.rotation[0], repeats)
                 ours |= {"gate_seconds": seconds, "gate_share": seconds / found[name].median}
-
-    def _turning(self, known: dict[str, Engine]) -> dict[str, timing.Engine]:
-        by_layout = {
-            layout: [x.contiguous(memory_format=layout) for x in self.rotation]
-            for layout in (torch.channels_last, torch.contiguous_format)
-        }
-        return {name: _on_each(engine.run, by_layout[engine.layout]) for name, engine in known.items()}
 
 
 def _on_each(run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> timing.Engine:

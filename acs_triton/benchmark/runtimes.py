@@ -21,7 +21,7 @@ def onnxruntime(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """The network in ONNX Runtime, for contiguous batches like x [N, C, H, W]; fp32 only."""
     runtime = _package("onnxruntime")
     if x.dtype != torch.float32:
-        raise UnavailableError(f"onnxruntime: its CPU provider has no convolution in {_name(x.dtype)}")
+        raise UnavailableError(f"its CPU provider has no convolution in {_name(x.dtype)}")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -42,7 +42,7 @@ def openvino(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     # Said in so many words: on processors that have bf16, its own choice for an fp32 network is bf16.
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[x.dtype]
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise UnavailableError("openvino: it has no bf16 on this processor")
+        raise UnavailableError("it has no bf16 on this processor")
     compiled = core.compile_model(
         core.read_model(_exported(network, x)), "CPU",
         {

@@ -16,8 +16,9 @@ def text(key: str, record: Record) -> str:
     times = record["times"]
     rows = [["", "ms (p10-p90)", "speed-up", "of pruned", "M MACs dense", "ideal", "executed", "gates' time"]]
     for name, found in record["parity"].items():
-        if name not in times:
-            rows.append([label(name, record), "PARITY FAILED" if not found["ok"] else "not timed", *[""] * 6])
+        if name not in times and not found["ok"]:
+            told = f"PARITY FAILED: error {found['error']:.1e}, allowed {found['allowed']:.1e}"
+            rows.append([label(name, record), told, *[""] * 6])
     for name in sorted(times, key=lambda name: order(name, record)):
         ours = record["ours"].get(name)
         row = [label(name, record), milliseconds(times[name]), speed_up(record, name), "", "", "", "", ""]
@@ -32,7 +33,7 @@ def text(key: str, record: Record) -> str:
     lines.append(f"speed-up: over the fastest dense engine of this pass, {against}")
     if record["pruned"]:
         lines.append("of pruned: our time over that of the network pruned to the same width")
-    return "\n".join([*lines, *(f"note: {note}" for note in record["notes"])])
+    return "\n".join([*lines, *(f"without {name}: {reason}" for name, reason in record["missing"].items())])
 
 
 def markdown(passes: Mapping[str, Record]) -> str:
