@@ -58,9 +58,10 @@ def bench(arguments: argparse.Namespace) -> int:
         for batch in dict.fromkeys(arguments.batch)
     ]
     content = results.new(arguments.threads)
-    print(results.machine_line(content))
     for setting in settings:
         record = content["passes"][setting.key] = measure(setting, stage)
+        if len(content["passes"]) == 1:
+            print(results.machine_line(content))
         print(f"\n{table.text(setting.key, record)}", flush=True)
         results.save(content, arguments.output / JSON)
     written = [JSON]

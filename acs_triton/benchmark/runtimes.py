@@ -22,11 +22,12 @@ def onnxruntime(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     runtime = _package("onnxruntime")
     if x.dtype != torch.float32:
         raise UnavailableError(f"its CPU provider has no convolution in {_name(x.dtype)}")
+    exported = _exported(network, x)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
-    session = runtime.InferenceSession(_exported(network, x), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
 
     def run(batch: Tensor) -> Tensor:
