@@ -8,8 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ _SLOW = 0.5
 """Seconds of a call above which a sample has no call before it that does not count: it would double the pass."""
 _ROUNDS = 200
 _CHOICE_SECONDS = 2.0
-"""Of the short pass that says on which engine the pruned network runs."""
+"""Of a short pass that says on which engine a pruned network runs."""
 
 
 def measure(setting: Setting, stage: Stage = silent, network: nn.Module | None = None) -> dict[str, Any]:
@@ -86,16 +85,20 @@ class Pass:
         """
         self._prepare(network)
         self._add_dense()
-        fastest = self._fastest_dense()
+        dense = self._by_speed(self.engines)
+        self._eager_seconds = dense[EAGER]
         self._add_all_of_ours()
-        self._add_pruned(fastest)
+        self._add_pruned(list(dense))
         self._time()
         return self.record
 
     def turning(self, name: str) -> timing.Engine:
         """The engine on the batches in turn, each in its layout. To be called in inference mode."""
-        engine = self.engines[name]
-        return _on_each(engine.run, [x.contiguous(memory_format=engine.layout) for x in self.rotation])
+        return self._on_each(self.engines[name])
+
+    def _on_each(self, engine: Engine) -> timing.Engine:
+        batches = itertools.cycle([x.contiguous(memory_format=engine.layout) for x in self.rotation])
+        return lambda: engine.run(next(batches))
 
     def _prepare(self, network: nn.Module | None) -> None:
         setting = self.setting
@@ -106,7 +109,8 @@ class Pass:
         given = zoo.build(setting.network) if network is None else copy.deepcopy(network)
         shown = images(_CALIBRATION, setting.size, torch.device("cpu"))
         try:
-            result = calibrated(given, shown)(shown)
+            with torch.no_grad():
+                result = calibrated(given, shown)(shown)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"bench: {setting.network} does not run on images {setting.size}: {error}") from error
         if not isinstance(result, Tensor):
@@ -122,34 +126,32 @@ class Pass:
         progress = self.stage("build dense engines")
         for done, name in enumerate(wanted):
             progress(done, len(wanted), name)
-            self._add_engine(name, name, self.network)
+            try:
+                self._add(name, *self._built(name, self.network))
+            except UnavailableError as error:
+                self.record["missing"][name] = str(error)
         progress(len(wanted), len(wanted), "")
 
-    def _add_engine(self, key: str, kind: str, network: nn.Module) -> bool:
-        """Whether there is such an engine here."""
-        try:
-            engine = engines.build(kind, network, self.rotation[0])
-            actual = engine.on(self.rotation[0])
-        except UnavailableError as error:
-            self.record["missing"][key] = str(error)
-            return False
+    def _built(self, kind: str, network: nn.Module) -> tuple[Engine, Parity]:
+        engine = engines.build(kind, network, self.rotation[0])
+        actual = engine.on(self.rotation[0])
         with torch.inference_mode():
             own = channels_last(network)(self.rotation[0])
             exact = own if own.dtype == torch.float32 else copy.deepcopy(network).float()(self.rotation[0].float())
-        self._add(key, engine, compare(actual, own, exact))
-        return True
+        return engine, compare(actual, own, exact)
 
     def _add(self, key: str, engine: Engine, found: Parity) -> None:
         self.record["parity"][key] = {"error": found.error, "allowed": found.allowed, "ok": found.ok}
         if found.ok:
             self.engines[key] = engine
 
-    def _fastest_dense(self) -> str:
-        known = {name: self.turning(name) for name in self.engines if name in HOW}
+    def _by_speed(self, known: dict[str, Engine]) -> dict[str, float]:
+        """Seconds of a short pass, in ascending order."""
         with torch.inference_mode():
-            found = timing.interleaved(known, repeats=20, seconds=_CHOICE_SECONDS, warmup=1, clock=_settled)
-        self._eager_seconds = found[EAGER].median
-        return min(found, key=lambda name: found[name].median)
+            turning = {name: self._on_each(engine) for name, engine in known.items()}
+            found = timing.interleaved(turning, repeats=20, seconds=_CHOICE_SECONDS, warmup=1, clock=_settled)
+        seconds = {name: found[name].median for name in known}
+        return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
     def _add_all_of_ours(self) -> None:
         setting = self.setting
@@ -186,19 +188,26 @@ class Pass:
         """Random masks of this density, new at each forward, for as long as the pass takes."""
         self._open.enter_context(model.override_masks(density=density))
 
-    def _add_pruned(self, fastest: str) -> None:
+    def _add_pruned(self, kinds: list[str]) -> None:
+        """On the faster of the first two: what is fastest for the whole network may not be for odd widths."""
         narrower = [density for density in self.setting.densities if density < 1]
         if PRUNED not in self.setting.engines or not narrower:
             return
         model = next(iter(self.models.values()))
-        progress = self.stage(f"build pruned networks on {fastest}")
+        progress = self.stage("build pruned networks")
         for done, density in enumerate(narrower):
             progress(done, len(narrower), "")
             narrow = statically_pruned(self.network, model, density)
-            for kind in dict.fromkeys((fastest, EAGER)):
-                if self._add_engine(pruned_name(density), kind, narrow):
-                    self.record["pruned"][pruned_name(density)] = {"density": density, "on": kind}
+            built: dict[str, tuple[Engine, Parity]] = {}
+            for kind in kinds:
+                with suppress(UnavailableError):
+                    engine, found = self._built(kind, narrow)
+                    built |= {kind: (engine, found)} if found.ok else {}
+                if len(built) == 2:
                     break
+            on = next(iter(self._by_speed({kind: engine for kind, (engine, _) in built.items()})))
+            self._add(pruned_name(density), *built[on])
+            self.record["pruned"][pruned_name(density)] = {"density": density, "on": on}
         progress(len(narrower), len(narrower), "")
 
     def _time(self) -> None:
@@ -226,11 +235,6 @@ class Pass:
                 repeats = min(20, max(3, math.ceil(0.3 / found[name].median)))
                 seconds = gate_seconds(self.models[name], self.rotation[0], repeats)
                 ours |= {"gate_seconds": seconds, "gate_share": seconds / found[name].median}
-
-
-def _on_each(run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> timing.Engine:
-    turning: Iterator[Tensor] = itertools.cycle(batches)
-    return lambda: run(next(turning))
 
 
 def _rested(engine: timing.Engine, calls: int) -> float:
