@@ -9,6 +9,7 @@ BENCH_JSON ?= build/benchmark.json
 # An interpreter that has torch, Triton and the packages of the extra `bench` already: nothing is installed then.
 PYTHON_GPU ?=
 BENCH_GPU_ARGS ?= --budget-minutes 25
+BENCH_CPU_ARGS ?=
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -18,7 +19,7 @@ PYTEST_TESTS := OMP_NUM_THREADS=1 $(PYTEST) -n $(PYTEST_WORKERS) --dist loadfile
 PYTEST_KERNELS := ACS_TRITON_BACKEND=triton $(PYTEST_TESTS) tests/kernels
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-slow test-all lint bench bench-gpu clean
+.PHONY: demo test test-slow test-all lint bench bench-cpu bench-gpu clean
 .NOTPARALLEL:
 
 demo: .venv/.installed-demo
@@ -46,6 +47,10 @@ lint: .venv/.installed-dev
 bench: .venv/.installed-bench
 	mkdir -p $(dir $(BENCH_JSON))
 	$(PYTEST) bench -o timeout=0 --benchmark-only --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
+
+# The table of the README, about half an hour on two cores: JSON and a chart in bench/results.
+bench-cpu: .venv/.installed-bench
+	$(BIN)/python -m bench.cpu_table $(BENCH_CPU_ARGS)
 
 # All that needs a GPU, within a budget: tests/gpu, ceilings, layers, networks. Tables, and one JSON in bench/results.
 bench-gpu: $(if $(PYTHON_GPU),,.venv/.installed-bench)

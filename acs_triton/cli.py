@@ -1,4 +1,4 @@
-"""The command line: `acs-triton demo`, `acs-triton inspect MODEL`, `acs-triton doctor`."""
+"""The command line: `acs-triton demo`, `acs-triton inspect MODEL`, `acs-triton bench MODEL`, `acs-triton doctor`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any, cast
 import torch
 
 from . import doctor, zoo
+from .arguments import GRANULARITY_HELP, MODEL_HELP, granularity, input_size, positive
+from .benchmark.command import add_parser as add_bench
 from .config import ACSConfig
 from .convert import convert_model
 from .demo import run
 from .demo.data import Images, fashion_mnist, mnist_digits
-from .demo.training import Progress
 from .gated import GatedModel
 from .gates import GATE_CLASSES
+from .progress import stage
 
 _BAD_INPUT, _FAILED = 2, 1
-_BAR = "{desc} {percentage:3.0f} % {bar:20} {elapsed} {postfix}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def demo(arguments: argparse.Namespace) -> int:
         f"{images.name}: {len(images.train):,} images to train, {len(images.test):,} to test; "
         f"{torch.get_num_threads()} threads, seed {options.seed}\n"
     )
-    result = run.run(images, options, arguments.output, _stage)
+    result = run.run(images, options, arguments.output, stage)
     print(f"{result}\n")
     print(f"written to {arguments.output}: {run.CHECKPOINT}, {run.PICTURE}, {run.REPORT}")
     if not result.differing.complete:
@@ -59,7 +60,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    channels, height, width = _input_size(arguments.input_size or "224")
+    channels, height, width = input_size("inspect: --input-size", arguments.input_size or "224")
     model = _gated(arguments)
     text = str(model.report)
     if arguments.input_size is not None:
@@ -89,7 +90,7 @@ def _gated(arguments: argparse.Namespace) -> GatedModel:
         raise ValueError(f"inspect: {arguments.model} has gates of its own; leave --include and --exclude out")
     options: dict[str, Any] = {"gate": config.gate, "granularity": config.granularity}
     if arguments.input_size is not None:
-        channels, height, width = _input_size(arguments.input_size)
+        channels, height, width = input_size("inspect: --input-size", arguments.input_size)
         options |= {"in_channels": channels, "image_size": max(height, width)}
     return cast(GatedModel, zoo.build(arguments.model, **options).eval())
 
@@ -109,57 +110,33 @@ def _parser() -> argparse.ArgumentParser:
                      help="mnist (default), or fashion-mnist and the folder that holds its four idx files")  # fmt: skip
     one.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write to (%(default)s)")
     one.add_argument(
-        "--epochs-dense", type=_positive, default=run.Options.epochs_dense, help="before conversion (%(default)s)"
+        "--epochs-dense", type=positive, default=run.Options.epochs_dense, help="before conversion (%(default)s)"
     )
-    one.add_argument("--epochs-gated", type=_positive, default=run.Options.epochs_gated, help="after it (%(default)s)")
+    one.add_argument("--epochs-gated", type=positive, default=run.Options.epochs_gated, help="after it (%(default)s)")
     one.add_argument("--target-density", type=float, default=0.5, help="share of channels to run (%(default)s)")
-    one.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
+    one.add_argument("--threads", type=positive, help="CPU threads (torch's choice)")
     one.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     _add_gate_options(one, run.GRANULARITY)
 
     two = commands.add_parser("inspect", help="say what would be gated in a torchvision or timm network, and why")
     two.set_defaults(command=inspect)
-    two.add_argument("model", metavar="MODEL", help="a name such as resnet18, timm/mobilenetv2_100")
+    two.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     two.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="only convolutions named like this")
     two.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="no convolution named like this")
     two.add_argument("--input-size", help="also count MACs, at 224 or 192x224 or 3x192x224")
     two.add_argument("--density", type=float, default=0.5, help="of that count (%(default)s)")
     _add_gate_options(two)
 
+    add_bench(commands)
+
     three = commands.add_parser("doctor", help="say what is installed and which path each mode takes here")
     three.set_defaults(command=_doctor)
     return parser
 
 
-def _add_gate_options(parser: argparse.ArgumentParser, granularity: int | str = "auto") -> None:
+def _add_gate_options(parser: argparse.ArgumentParser, default: int | str = "auto") -> None:
     parser.add_argument("--gate", choices=tuple(GATE_CLASSES), default="acs", help="(%(default)s)")
-    parser.add_argument(
-        "--granularity", type=_granularity, default=granularity, help="channels in a group, or auto (%(default)s)"
-    )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _granularity(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
-
-
-def _input_size(text: str) -> tuple[int, int, int]:
-    try:
-        sizes = [int(part) for part in text.split("x")]
-    except ValueError:
-        sizes = []
-    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
-        raise ValueError(f"inspect: --input-size must be 224, 192x224 or 3x192x224, got {text!r}")
-    if len(sizes) == 1:
-        sizes = [sizes[0], sizes[0]]
-    height, width = sizes[-2:]
-    return (sizes[0] if len(sizes) == 3 else 3), height, width
+    parser.add_argument("--granularity", type=granularity, default=default, help=f"{GRANULARITY_HELP} (%(default)s)")
 
 
 def _images(wanted: list[str]) -> Images:
@@ -169,39 +146,3 @@ def _images(wanted: list[str]) -> Images:
     if name == "fashion-mnist" and len(paths) == 1:
         return fashion_mnist(Path(paths[0]))
     raise ValueError(f"demo: --data must be 'mnist', or 'fashion-mnist' and one folder, got {' '.join(wanted)!r}")
-
-
-def _stage(title: str) -> Progress:
-    """A progress bar on a terminal, a few plain lines elsewhere; both on stderr."""
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            return _bar(tqdm(total=0, desc=f"{title:38s}", bar_format=_BAR, leave=True))
-    return _lines(title)
-
-
-def _bar(bar: Any) -> Progress:
-    def show(done: int, total: int, text: str) -> None:
-        bar.total = total
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return show
-
-
-def _lines(title: str) -> Progress:
-    shown = 0
-
-    def show(done: int, total: int, text: str) -> None:
-        nonlocal shown
-        quarter = 4 * done // total
-        if quarter > shown:
-            shown = quarter
-            print(f"{title:38s} {25 * quarter:3d} %  {text}".rstrip(), file=sys.stderr, flush=True)
-
-    return show

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ class ACSConfig:
         skipped, and only the groups of `DynamicGroupConv2d` layers are learned.
     gate_hidden: width of the gate.
     granularity: contiguous channels that share one logit; an int, or "auto" (C // 8 clamped to
-        8..64). It is reduced to the largest divisor of the layer's channel count. 1 is the paper's.
+        8..64), or "groups:4" (C // 4, for four groups a layer, and so for any count). It is reduced to
+        the largest divisor of the layer's channel count. 1 is the paper's.
     target_density: mean share of channels to compute, in (0, 1]; sets the budget of `cost_loss`.
     eval_mode: the mode that `eval()` selects, "sparse" or "hard".
     min_channels: convolutions with fewer output channels are not gated.
@@ -56,8 +58,8 @@ class ACSConfig:
         _expect_choice("eval_mode", self.eval_mode, EVAL_MODES)
         for name in ("gate_hidden", "min_channels", "spans_per_gate"):
             _expect_positive_int(name, getattr(self, name))
-        if self.granularity != "auto":
-            _expect_positive_int("granularity", self.granularity, also='or "auto"')
+        if _groups_a_layer(self.granularity) is None and self.granularity != "auto":
+            _expect_positive_int("granularity", self.granularity, also='or "auto" or "groups:4"')
         expect_density("ACSConfig: target_density", self.target_density, "half of the channels on average")
         if self.target_group_density is not None:
             expect_density("ACSConfig: target_group_density", self.target_group_density, "half of the connections")
@@ -66,7 +68,10 @@ class ACSConfig:
 
     def granularity_for(self, channels: int) -> int:
         """Channels per group in a layer of `channels`: the largest divisor not above the setting."""
-        if self.granularity == "auto":
+        groups = _groups_a_layer(self.granularity)
+        if groups is not None:
+            wanted = max(channels // groups, 1)
+        elif self.granularity == "auto":
             wanted = min(max(channels // AUTO_GROUPS, AUTO_MIN_GRANULARITY), AUTO_MAX_GRANULARITY)
         else:
             wanted = int(self.granularity)
@@ -91,6 +96,12 @@ class ACSConfig:
             raise ValueError(f"ACSConfig.from_json: expected a JSON object, got {type(fields).__name__}")
         _expect_known_fields(fields, "ACSConfig.from_json")
         return cls(**fields)
+
+
+def _groups_a_layer(granularity: object) -> int | None:
+    """The 4 of "groups:4"; None for everything else."""
+    found = re.fullmatch(r"groups:([1-9]\d*)", granularity) if isinstance(granularity, str) else None
+    return None if found is None else int(found[1])
 
 
 def _expect_known_fields(fields: dict[str, Any], function: str) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from . import ops, zoo
-from .demo.report import processor
+from .machine import instruction_sets, processor
 from .state import MODES
 
-_PACKAGES = ("acs-triton", "torch", "triton", "numpy", "safetensors", "torchvision", "timm", "matplotlib", "mlxtend")
-# What decides how fast a CPU convolves, of the many flags that torch knows.
-_FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "sve", "sve2")
+_PACKAGES = (
+    "acs-triton", "torch", "triton", "numpy", "safetensors", "torchvision", "timm", "matplotlib", "mlxtend", "onnx",
+    "onnxscript", "onnxruntime", "openvino",
+)  # fmt: skip
 
 
 def report() -> str:
@@ -74,9 +75,7 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _flags() -> str:
-    # Older releases of torch cannot tell.
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    present = [flag for flag in _FLAGS if known.get(flag)]
+    present = instruction_sets()
     return f" ({', '.join(present)})" if present else ""
 
 

@@ -27,8 +27,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     """Build a network with random weights.
 
     `name` is a name of `acs_triton.models`, of torchvision or else of timm; `torchvision/resnet18` and `timm/resnet18`
-    say which.
-    `kwargs` go to the builder, for instance `num_classes`.
+    say which, and `vgg16_bn:features` is that submodule alone. `kwargs` go to the builder, for instance `num_classes`.
 
     Raises ValueError for an unknown name or a request for weights, ImportError where a package is missing.
     """
@@ -39,7 +38,19 @@ def build(name: str, **kwargs: Any) -> nn.Module:
                 f"zoo.build: {argument} must be None or False, got {value!r}: the zoo never downloads; "
                 "call load_state_dict on the network that it returns"
             )
-    package, _, plain = name.rpartition("/")
+    whole, colon, part = name.partition(":")
+    network = _build_whole(whole, name, kwargs)
+    if not colon:
+        return network
+    try:
+        return network.get_submodule(part)
+    except AttributeError as error:
+        children = ", ".join(known for known, _ in network.named_children())
+        raise ValueError(f"zoo.build: {whole} has no submodule {part!r}; its children are {children}") from error
+
+
+def _build_whole(whole: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    package, _, plain = whole.rpartition("/")
     if package in ("", "acs_triton") and plain in _OWN:
         return _OWN[plain](**kwargs)
     if package in ("", "torchvision") and plain in _names_in("torchvision"):

@@ -11,8 +11,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from acs_triton.benchmark.networks import calibrated
 from bench.gpu.clock import Bench
-from bench.gpu.gating import calibrated, gated, images
+from bench.gpu.gating import gated, images
 from bench.gpu.networks import CALIBRATION, build, measure_network
 from bench.gpu.plan import NetworkCase, network_plan
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acs_triton import cli
+from acs_triton import cli, progress
 
 
 def one_line_error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -72,6 +72,12 @@ def test_doctor_shows_a_wrong_setting(capsys: pytest.CaptureFixture[str], monkey
         (["inspect", "alexnet", "--input-size", "wide"], "--input-size must be"),
         (["inspect", "resnet18", "--input-size", "1x64x64"], "3 channels, got 1"),
         (["inspect", "resnet18", "--input-size", "64", "--density", "2"], "density"),
+        (["inspect", "resnet18:layer9"], "its children are conv1,"),
+        (["bench", "resnet19"], "resnet18"),
+        (["bench", "resnet18", "--size", "wide"], "bench: --size must be"),
+        (["bench", "resnet18", "--size", "1x32x32", "--batch", "1"], "does not run on images (1, 32, 32)"),
+        (["bench", "resnet18", "--density", "0.5", "2"], "a density must be in (0, 1], got 2"),
+        (["bench", "resnet18", "--seconds", "0"], "seconds must be positive"),
         (["demo", "--data", "cifar"], "--data must be"),
         (["demo", "--data", "mnist", "here"], "--data must be"),
         (["demo", "--data", "fashion-mnist"], "--data must be"),
@@ -88,7 +94,18 @@ def test_bad_input_is_one_line_and_code_2(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["sing"], ["demo", "--gate", "garden"], ["demo", "--epochs-dense", "0"], ["demo", "--granularity", "some"]],
+    [
+        [],
+        ["sing"],
+        ["demo", "--gate", "garden"],
+        ["demo", "--epochs-dense", "0"],
+        ["demo", "--granularity", "some"],
+        ["bench", "resnet18", "--granularity", "groups:0"],
+        ["bench", "resnet18", "--granularity", "0"],
+        ["bench", "resnet18", "--engines", "magic"],
+        ["bench", "resnet18", "--batch", "0"],
+        ["bench", "resnet18", "--dtype", "fp16"],
+    ],
 )
 def test_bad_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -107,9 +124,9 @@ def test_python_m_runs_it() -> None:
 
 
 def test_progress_without_a_terminal_is_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = cli._stage("train")
+    show = progress.stage("train")
     for step in range(1, 101):
-        progress(step, 100, f"loss {step}")
+        show(step, 100, f"loss {step}")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1:3] for line in lines] == [["25", "%"], ["50", "%"], ["75", "%"], ["100", "%"]]
     assert lines[-1].endswith("loss 100")
@@ -124,8 +141,8 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = cli._stage("train")
+    show = progress.stage("train")
     for step in range(1, 6):
-        progress(step, 5, "loss 0.5")
+        show(step, 5, "loss 0.5")
     assert "100 %" in terminal.getvalue()
     assert "loss 0.5" in terminal.getvalue()

@@ -45,6 +45,10 @@ def test_it_is_frozen_and_hashable() -> None:
         ("granularity", -4),
         ("granularity", 1.5),
         ("granularity", "all"),
+        ("granularity", "groups"),
+        ("granularity", "groups:0"),
+        ("granularity", "groups:-4"),
+        ("granularity", "groups:4 "),
         ("granularity", False),
         ("target_density", 0),
         ("target_density", 0.0),
@@ -103,7 +107,7 @@ EVERYTHING = ACSConfig(
 )
 
 
-@pytest.mark.parametrize("config", [ACSConfig(), EVERYTHING])
+@pytest.mark.parametrize("config", [ACSConfig(), EVERYTHING, ACSConfig(granularity="groups:4")])
 def test_json_round_trip(config: ACSConfig) -> None:
     text = config.to_json()
     assert set(json.loads(text)) == {field.name for field in dataclasses.fields(ACSConfig)}
@@ -162,13 +166,19 @@ def test_replace_changes_some_fields_and_knows_them() -> None:
         (5, 12, 4),
         (64, 48, 48),
         (7, 13, 1),
+        ("groups:4", 64, 16),
+        ("groups:4", 2048, 512),
+        ("groups:16", 64, 4),
+        ("groups:1", 96, 96),
+        ("groups:16", 8, 1),  # fewer channels than groups
+        ("groups:8", 100, 10),  # 12 does not divide 100
     ],
 )
 def test_granularity_is_the_largest_divisor_not_above(granularity: int | str, channels: int, expected: int) -> None:
     assert ACSConfig(granularity=granularity).granularity_for(channels) == expected
 
 
-@pytest.mark.parametrize("granularity", ["auto", 1, 6, 64])
+@pytest.mark.parametrize("granularity", ["auto", 1, 6, 64, "groups:8"])
 def test_granularity_always_divides(granularity: int | str) -> None:
     config = ACSConfig(granularity=granularity)
     for channels in range(1, 300):

@@ -13,6 +13,7 @@ from acs_triton.demo import data, report, run, verify
 from acs_triton.demo.data import Images, fashion_mnist, mnist_digits
 from acs_triton.demo.network import SmallResNet
 from acs_triton.demo.training import predict
+from acs_triton.progress import Progress
 
 WIDTHS = (16, 16, 32)
 TINY = run.Options(epochs_dense=1, epochs_gated=1, widths=WIDTHS, batches=(1, 8), timing_seconds=0.2)
@@ -195,7 +196,7 @@ def test_complete_run(few: Images, tmp_path: Path) -> None:
     titles: list[str] = []
     ended: dict[str, tuple[int, int]] = {}
 
-    def stage(title: str) -> run.Progress:
+    def stage(title: str) -> Progress:
         titles.append(title)
         return lambda done, total, text: ended.update({title: (done, total)})
 

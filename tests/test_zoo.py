@@ -29,6 +29,15 @@ def test_googlenet_has_no_auxiliary_heads_unless_asked() -> None:
     assert zoo.build("googlenet", aux_logits=True).aux1 is not None
 
 
+def test_a_submodule_alone() -> None:
+    features = zoo.build("vgg11_bn:features")
+    assert type(features) is torch.nn.Sequential
+    assert features.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 512, 1, 1)
+    assert type(zoo.build("timm/resnet18:layer1.0")).__name__ == "BasicBlock"
+    with pytest.raises(ValueError, match="resnet18 has no submodule 'layer9'; its children are conv1, bn1"):
+        zoo.build("resnet18:layer9")
+
+
 def test_weights_are_random_and_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **keywords: object) -> None:
         raise AssertionError(f"a download was tried: {arguments}")

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..timing import Timing
 
@@ -142,29 +137,6 @@ class Result:
             f"DIFFERENT, so no latency is shown: {differing.sparse} between sparse and hard, "
             f"{differing.reloaded} after reloading"
         )
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "processor": processor(),
-        "logical_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def processor() -> str:
-    """The processor's name as its maker writes it, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return next(iter(names), platform.processor() or platform.machine())
 
 
 def _millions(macs: float) -> str:

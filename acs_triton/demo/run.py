@@ -16,17 +16,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..checkpoint import save_model
 from ..config import ACSConfig
 from ..convert import convert_model
+from ..machine import machine
 from ..model import ACSModel
+from ..progress import Stage, silent
 from ..timing import Timing, interleaved
 from . import picture
 from .data import Images
 from .network import WIDTHS, SmallResNet, channels_last
-from .report import EAGER, FOLDED, HARD, SPARSE, Density, Differing, Macs, Result, machine
-from .training import Progress, Recipe, predict, train
+from .report import EAGER, FOLDED, HARD, SPARSE, Density, Differing, Macs, Result
+from .training import Recipe, predict, train
 from .verify import differing_predictions
-
-Stage = Callable[[str], Progress]
-"""Called with the title of each long step; returns what that step reports (done, total, text) to."""
 
 # On maps of 28x28 and less, a finer group is too little work for a call of its own.
 GRANULARITY = 32
@@ -52,11 +51,6 @@ class Options:
     seed: int = 0
     batches: tuple[int, ...] = (1, 32)
     timing_seconds: float = 15.0
-
-
-def silent(title: str) -> Progress:
-    """A Stage that shows nothing."""
-    return lambda done, total, text: None
 
 
 def run(images: Images, options: Options, output: Path, stage: Stage = silent) -> Result:

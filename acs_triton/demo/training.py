@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import ACSModel
+from ..progress import Progress
 from .data import Images
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -7,37 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from acs_triton import ACSModel, convert_model
+from acs_triton.benchmark import networks
 
 OPEN = 50.0
 """A bias that no image outweighs."""
 
 
 def images(count: int, size: int, device: torch.device, seed: int = 0) -> Tensor:
-    """float32 [count, 3, size, size], channels_last: smooth shapes of several contrasts, so that gates can tell them
-    apart, under noise."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = torch.randn(count, 3, 5, 5, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator).add(0.5)
-    smooth = F.interpolate(shapes, (size, size), mode="bilinear", align_corners=False)
-    noisy = smooth + 0.3 * torch.randn(count, 3, size, size, generator=generator)
-    return noisy.to(device).contiguous(memory_format=torch.channels_last)
-
-
-def calibrated(network: nn.Module, x: Tensor) -> nn.Module:
-    """The network in eval mode, with the batch statistics of x as its batch norms' own, set in place."""
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        network.train()(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return network.eval()
+    """float32 [count, 3, size, size], channels_last."""
+    return networks.images(count, (3, size, size), device, seed)
 
 
 def gated(network: nn.Module, gate: str, density: float, x: Tensor, seed: int = 0) -> ACSModel:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from acs_triton import ACSModel, zoo
+from acs_triton.benchmark.networks import calibrated
+from acs_triton.benchmark.pruned import statically_pruned
 from acs_triton.demo.network import channels_last
 from acs_triton.demo.run import folded
 from acs_triton.timing import Engine
 
 from .clock import Bench, in_turn, without_search
-from .gating import calibrated, gated, images, network_parity
+from .gating import gated, images, network_parity
 from .plan import NetworkCase
-from .pruned import statically_pruned
 
 GATES = ("gap", "acs")
 DENSE = ("eager", "eager in a graph", "BN folded in a graph", "compiled in a graph")

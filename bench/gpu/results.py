@@ -9,11 +9,14 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from acs_triton.machine import commit
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("kernels", "acs_triton", "bench/gpu", "bench/layers.py")
@@ -83,22 +86,17 @@ def clocks() -> dict[str, str]:
 
 def sources() -> str:
     """A digest of the code that decides what is measured."""
+    return digest_of(SOURCES)
+
+
+def digest_of(parts: Sequence[str]) -> str:
+    """Of the Python files in these folders of the repository, and of these files."""
     digest = hashlib.sha256()
-    for part in SOURCES:
+    for part in parts:
         place = ROOT / part
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def commit() -> str | None:
-    """The commit that is checked out, with "+" behind it if files changed since; None outside of a repository."""
-    try:
-        head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-        changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changed else "")
 
 
 def _nvidia_smi(*fields: str) -> dict[str, str]:

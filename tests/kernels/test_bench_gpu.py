@@ -13,14 +13,15 @@ import torch
 from networks import assert_same_output
 
 from acs_triton import convert_model
+from acs_triton.benchmark.networks import calibrated
+from acs_triton.benchmark.pruned import statically_pruned
 from bench.gpu import __main__ as driver
 from bench.gpu import parity
 from bench.gpu.clock import Bench, in_turn
-from bench.gpu.gating import calibrated, gated, images
+from bench.gpu.gating import gated, images
 from bench.gpu.layers import calls_and_sets
 from bench.gpu.networks import build
 from bench.gpu.plan import LayerCase, layer_plan, network_plan
-from bench.gpu.pruned import statically_pruned
 from bench.gpu.report import break_even, fastest, report
 from bench.gpu.results import Results
 

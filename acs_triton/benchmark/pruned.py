@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from acs_triton import ACSModel
+from ..model import ACSModel
 
 
 def statically_pruned(network: nn.Module, model: ACSModel, density: float) -> nn.Module:

@@ -1,0 +1,120 @@
+"""Tables of measured passes. A speed-up is told against the fastest dense engine of the same pass, losses too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .engines import HOW, PYTORCH
+from .setting import pruned_name
+
+Record = Mapping[str, Any]
+
+
+def text(key: str, record: Record) -> str:
+    """One pass, a line for each engine. An engine that failed parity has no time and no speed-up."""
+    times = record["times"]
+    rows = [["", "ms (p10-p90)", "speed-up", "of pruned", "M MACs dense", "ideal", "executed", "gates' time"]]
+    for name, found in record["parity"].items():
+        if name not in times and not found["ok"]:
+            told = f"PARITY FAILED: error {found['error']:.1e}, allowed {found['allowed']:.1e}"
+            rows.append([label(name, record), told, *[""] * 6])
+    for name in sorted(times, key=lambda name: order(name, record)):
+        ours = record["ours"].get(name)
+        row = [label(name, record), milliseconds(times[name]), speed_up(record, name), "", "", "", "", ""]
+        if ours is not None:
+            row[3] = _factor(_ratio(times, name, pruned_name(ours["density"])))
+            row[4:7] = (f"{ours['macs'][kind] / 1e6:.0f}" for kind in ("dense", "ideal", "executed"))
+            row[7] = f"{100 * ours['gate_share']:.1f} %" if "gate_share" in ours else ""
+        rows.append(row)
+    setting = record["setting"]
+    lines = [f"{key}, {setting['threads']} threads", *_aligned(rows)]
+    against = record["fastest_dense"] or "none: no dense engine was timed"
+    lines.append(f"speed-up: over the fastest dense engine of this pass, {against}")
+    if record["pruned"]:
+        lines.append("of pruned: our time over that of the network pruned to the same width")
+    return "\n".join([*lines, *(f"without {name}: {reason}" for name, reason in record["missing"].items())])
+
+
+def markdown(passes: Mapping[str, Record]) -> str:
+    """All passes as one table: a row for each gate and granularity, a column for each density."""
+    densities = sorted({float(density) for record in passes.values() for density in record["setting"]["densities"]})
+    head = ["network", "batch", "gate", "groups", "fastest dense, ms", *(f"d = {density:g}" for density in densities)]
+    head += [f"of pruned, d = {density:g}" for density in densities if density < 1]
+    rows = [head, ["---"] * len(head)]
+    for record in passes.values():
+        setting = record["setting"]
+        for gate in setting["gates"]:
+            for granularity in setting["granularities"]:
+                rows.append(_markdown_row(record, gate, granularity, densities))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def speed_up(record: Record, name: str) -> str:
+    """Of an engine against the fastest dense one, with the one against the fastest of PyTorch where they differ."""
+    fastest, within = record["fastest_dense"], _fastest(record, PYTORCH)
+    if fastest is None:
+        return ""
+    told = _factor(_ratio(record["times"], fastest, name))
+    if name in record["ours"] and within not in (None, fastest):
+        told += f" ({_factor(_ratio(record['times'], str(within), name))} {within})"
+    return told
+
+
+def milliseconds(found: Mapping[str, float]) -> str:
+    return f"{1e3 * found['median']:.2f} ({1e3 * found['p10']:.2f}-{1e3 * found['p90']:.2f})"
+
+
+def _markdown_row(record: Record, gate: str, granularity: int | str, densities: Sequence[float]) -> list[str]:
+    setting, times, fastest = record["setting"], record["times"], record["fastest_dense"]
+    by_density = {
+        ours["density"]: name for name, ours in record["ours"].items()
+        if ours["gate"] == gate and ours["granularity"] == granularity
+    }  # fmt: skip
+    cells, pruned = [], []
+    for density in densities:
+        name = by_density.get(density)
+        if name is None:
+            cells.append("")
+        elif name not in times:
+            cells.append("parity failed")
+        else:
+            cells.append(f"{speed_up(record, name)} {1e3 * times[name]['median']:.1f} ms".strip())
+        if density < 1:
+            pruned.append("" if name is None else _factor(_ratio(times, name, pruned_name(density))))
+    dense = "" if fastest is None else f"{fastest} {1e3 * times[fastest]['median']:.1f}"
+    word, _, count = str(granularity).partition(":")
+    groups = f"{count} a layer" if count else word
+    return [setting["network"], str(setting["batch"]), gate, groups, dense, *cells, *pruned]
+
+
+def order(name: str, record: Record) -> tuple[int, int]:
+    """Dense engines, what is pruned or multiplied by a mask, ours; each as they were built."""
+    kind = 0 if name in HOW else 2 if name in record["ours"] else 1
+    return kind, list(record["times"]).index(name)
+
+
+def label(name: str, record: Record) -> str:
+    return f"{name} ({record['pruned'][name]['on']})" if name in record["pruned"] else name
+
+
+def _fastest(record: Record, names: Sequence[str]) -> str | None:
+    known = [name for name in names if name in record["times"]]
+    return min(known, key=lambda name: record["times"][name]["median"]) if known else None
+
+
+def _ratio(times: Mapping[str, Any], of: str, over: str) -> float | None:
+    return times[of]["median"] / times[over]["median"] if of in times and over in times else None
+
+
+def _factor(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("   ".join([first.ljust(widths[0]), *aligned]).rstrip())
+    return lines

@@ -1,0 +1,120 @@
+"""What the tables and the chart of measured passes tell, and the command that makes the whole CPU table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from acs_triton.benchmark import chart, results, table
+from acs_triton.benchmark.setting import Setting
+from bench import cpu_table
+
+
+def crafted(**times: float) -> dict[str, Any]:
+    """A record with these medians in milliseconds."""
+    medians = {name.replace("__", " d=0.").replace("_", " "): value for name, value in times.items()}
+    ours = [name for name in medians if name.startswith("gap")]
+    return {
+        "setting": vars(Setting("net", densities=(0.25, 0.5), granularities=("groups:4",))),
+        "times": {name: {"median": value / 1e3, "p10": value / 2e3, "p90": value / 5e2, "samples": 9}
+                  for name, value in medians.items()},
+        "parity": {name: {"error": 0.0, "allowed": 1.0, "ok": True} for name in medians},
+        "ours": {name: {"gate": "gap", "granularity": "groups:4", "density": float(name[-4:].strip("=")),
+                        "macs": {"dense": 9e6, "ideal": 3e6, "executed": 4e6, "gates": 1e5}, "gate_share": 0.034}
+                 for name in ours},
+        "pruned": {name: {"density": 0.5, "on": "openvino"} for name in medians if name.startswith("pruned")},
+        "fastest_dense": "openvino", "missing": {"inductor": "no compiler"},
+    }  # fmt: skip
+
+
+RECORD = {"eager": 20.0, "folded": 16.0, "openvino": 10.0, "pruned__5": 6.0, "gap_groups:4__25": 5.0,
+          "gap_groups:4__50": 12.0}  # fmt: skip
+
+
+def test_speed_ups_are_against_the_fastest_dense_engine_and_losses_are_told() -> None:
+    record = crafted(**RECORD)
+    record["ours"]["gap groups:4 d=0.50"]["density"] = 0.5
+    lines = {line.split("  ")[0]: line for line in table.text("net", record).splitlines()}
+    assert "5.00 (2.50-10.00)" in lines["gap groups:4 d=0.25"]
+    assert "2.00x (3.20x folded)" in lines["gap groups:4 d=0.25"]
+    assert "0.83x (1.33x folded)" in lines["gap groups:4 d=0.50"]
+    assert "2.00x   " in lines["gap groups:4 d=0.50"]  # of pruned: 12 over 6
+    assert "3.4 %" in lines["gap groups:4 d=0.50"]
+    assert lines["gap groups:4 d=0.25"].split()[-5:] == ["9", "3", "4", "3.4", "%"]
+    assert lines["eager"].split()[-1] == "0.50x" and lines["openvino"].split()[-1] == "1.00x"
+    assert "without inductor: no compiler" in lines["without inductor: no compiler"]
+
+
+def test_the_markdown_table_has_a_row_for_each_gate_and_granularity() -> None:
+    record = crafted(**RECORD)
+    record["ours"]["gap groups:4 d=0.50"]["density"] = 0.5
+    head, _, row = table.markdown({"net": record}).splitlines()
+    assert head.count("|") == row.count("|")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "net", "1", "gap", "4 a layer", "openvino 10.0", "2.00x (3.20x folded) 5.0 ms", "0.83x (1.33x folded) 12.0 ms",
+        "", "2.00x",
+    ]  # fmt: skip
+
+
+def test_the_chart_shows_gains_and_losses(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    record = crafted(**RECORD)
+    chart.draw({"net": record, "again": record}, tmp_path / "chart.png", "machine")
+    pixels = torch.from_numpy(image.imread(tmp_path / "chart.png"))[:, :, :3]
+    assert pixels.shape[1] == 1100
+    for colour in (chart._FASTER, chart._SLOWER, chart._DENSE):
+        wanted = torch.tensor([int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)])
+        assert ((pixels - wanted).abs().amax(2) < 0.01).sum() > 1000
+
+
+# ---------------------------------------------------------------------- the whole table
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passes that were measured, each with a crafted record."""
+    ran: list[str] = []
+
+    def fake(wanted: Setting, stage: object) -> dict[str, Any]:
+        ran.append(wanted.key)
+        return crafted(**RECORD) | {"setting": vars(wanted)}
+
+    monkeypatch.setattr(cpu_table, "measure", fake)
+    return ran
+
+
+def test_the_plan_covers_the_table_in_half_an_hour() -> None:
+    settings = cpu_table.plan(cpu_table.NETWORKS, cpu_table.BATCHES, {"granularities": cpu_table.GRANULARITIES})
+    assert len({one.key for one in settings}) == len(settings) == 8
+    assert all(one.densities == (0.25, 0.5, 0.75, 1.0) for one in settings)
+    assert 900 < sum(one.seconds for one in settings) < 1200  # building and checking takes the rest
+
+
+def test_a_table_goes_on_where_it_was_stopped(tmp_path: Path, passes: list[str]) -> None:
+    path = tmp_path / "cpu.json"
+    arguments = ["--networks", "resnet18", "--out", str(path)]
+    assert cpu_table.main([*arguments, "--batch", "1"]) == 0
+    assert cpu_table.main(arguments) == 0
+    assert passes == [f"resnet18, 3x224x224, batch {batch}, fp32" for batch in (1, 8)]
+    cpu_table.main([*arguments, "--batch", "1", "--density", "0.5"])  # less than what is there: measured again
+    assert len(passes) == 3
+    content = json.loads(path.read_text())
+    assert len(content["passes"]) == 2 and path.with_suffix(".png").exists()
+    results.save(content | {"sources": "other"}, path)
+    cpu_table.main([*arguments, "--batch", "8"])
+    assert len(passes) == 4 and list(json.loads(path.read_text())["passes"]) == passes[-1:]
+
+
+def test_a_table_is_shown_without_measuring(
+    tmp_path: Path, passes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.save(results.new(1) | {"passes": {"net": crafted(**RECORD)}}, tmp_path / "cpu.json")
+    assert cpu_table.main(["--show", str(tmp_path / "cpu.json")]) == 0
+    printed = capsys.readouterr().out
+    assert passes == []
+    assert table.markdown({"net": crafted(**RECORD)}) in printed and "1 threads" in printed
