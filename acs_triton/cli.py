@@ -15,13 +15,14 @@ from .arguments import GRANULARITY_HELP, MODEL_HELP, granularity, input_size, po
 from .benchmark.command import add_parser as add_bench
 from .config import ACSConfig
 from .convert import convert_model
-from .demo import run
+from .demo import run, variants
 from .demo.data import Images, fashion_mnist, mnist_digits
 from .gated import GatedModel
 from .gates import GATE_CLASSES
 from .progress import stage
 
 _BAD_INPUT, _FAILED = 2, 1
+SMALL_RESNET, ACS_DENSENET = "small_resnet", "acs_densenet"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    config = ACSConfig(gate=arguments.gate, granularity=arguments.granularity, target_density=arguments.target_density)
     images = _images(arguments.data)
+    if arguments.model == ACS_DENSENET:
+        return _compare_variants(images, arguments)
+    granularity = run.GRANULARITY if arguments.granularity is None else arguments.granularity
+    config = ACSConfig(gate=arguments.gate, granularity=granularity, target_density=arguments.target_density)
     options = run.Options(
         epochs_dense=arguments.epochs_dense,
         epochs_gated=arguments.epochs_gated,
@@ -54,6 +58,23 @@ def demo(arguments: argparse.Namespace) -> int:
     print(f"{result}\n")
     print(f"written to {arguments.output}: {run.CHECKPOINT}, {run.PICTURE}, {run.REPORT}")
     if not result.differing.complete:
+        print("acs-triton: error: predictions that must be equal differ, see above", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+def _compare_variants(images: Images, arguments: argparse.Namespace) -> int:
+    options = variants.Options(
+        epochs_dense=arguments.epochs_dense,
+        epochs_gated=arguments.epochs_gated,
+        gate=arguments.gate,
+        granularity=arguments.granularity or variants.Options.granularity,
+        target_density=arguments.target_density,
+        seed=arguments.seed,
+    )
+    result = variants.compare(images, options, arguments.output, stage)
+    print(f"{result}\n\nwritten to {arguments.output}: {variants.TABLE}, {variants.REPORT} and the checkpoints")
+    if not result.sound:
         print("acs-triton: error: predictions that must be equal differ, see above", file=sys.stderr)
         return _FAILED
     return 0
@@ -106,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("demo", help="train, convert and time a small network on real images")
     one.set_defaults(command=demo)
+    one.add_argument("--model", choices=(SMALL_RESNET, ACS_DENSENET), default=SMALL_RESNET,
+                     help="a small residual network, or the paper's: ACS-GN, ACS-DG and both (%(default)s)")  # fmt: skip
     one.add_argument("--data", nargs="+", default=["mnist"], metavar=("NAME", "PATH"),
                      help="mnist (default), or fashion-mnist and the folder that holds its four idx files")  # fmt: skip
     one.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write to (%(default)s)")
@@ -116,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--target-density", type=float, default=0.5, help="share of channels to run (%(default)s)")
     one.add_argument("--threads", type=positive, help="CPU threads (torch's choice)")
     one.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    _add_gate_options(one, run.GRANULARITY)
+    one.add_argument("--gate", choices=tuple(GATE_CLASSES), default="acs", help="(%(default)s)")
+    one.add_argument("--granularity", type=granularity,
+                     help=f"{GRANULARITY_HELP} ({run.GRANULARITY}; of {ACS_DENSENET} auto)")  # fmt: skip
 
     two = commands.add_parser("inspect", help="say what would be gated in a torchvision or timm network, and why")
     two.set_defaults(command=inspect)
@@ -125,18 +150,14 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="no convolution named like this")
     two.add_argument("--input-size", help="also count MACs, at 224 or 192x224 or 3x192x224")
     two.add_argument("--density", type=float, default=0.5, help="of that count (%(default)s)")
-    _add_gate_options(two)
+    two.add_argument("--gate", choices=tuple(GATE_CLASSES), default="acs", help="(%(default)s)")
+    two.add_argument("--granularity", type=granularity, default="auto", help=f"{GRANULARITY_HELP} (%(default)s)")
 
     add_bench(commands)
 
     three = commands.add_parser("doctor", help="say what is installed and which path each mode takes here")
     three.set_defaults(command=_doctor)
     return parser
-
-
-def _add_gate_options(parser: argparse.ArgumentParser, default: int | str = "auto") -> None:
-    parser.add_argument("--gate", choices=tuple(GATE_CLASSES), default="acs", help="(%(default)s)")
-    parser.add_argument("--granularity", type=granularity, default=default, help=f"{GRANULARITY_HELP} (%(default)s)")
 
 
 def _images(wanted: list[str]) -> Images:

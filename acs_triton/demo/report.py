@@ -97,16 +97,11 @@ class Result:
         executed = {HARD: self.macs.dense + self.macs.gates, SPARSE: self.macs.executed + self.macs.gates}
         rows = [head]
         for name in ENGINES:
-            row = [name, f"{100 * self.accuracy[name]:.2f} %", _millions(executed.get(name, self.macs.dense))]
+            row = [name, f"{100 * self.accuracy[name]:.2f} %", millions(executed.get(name, self.macs.dense))]
             for timings in self.latency.values():
-                row.append(_milliseconds(timings[name]))
+                row.append(milliseconds(timings[name]))
             rows.append(row)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for name, *cells in rows:
-            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            lines.append("   ".join([name.ljust(widths[0]), *aligned]))
-        lines.insert(1, "-" * max(map(len, lines)))
+        lines = aligned(rows)
         lines.append("MACs: executed, mean of the test images, gates included.")
         if self.latency:
             lines.append("ms: median (10th to 90th percentile), fp32, gates included, other images at every call.")
@@ -119,8 +114,8 @@ class Result:
              f"standard deviation {density.deviation:.3f} between images"),
             ("groups", f"{100 * density.deciding:.0f} % of {density.groups} channel groups ran for some test images "
              "and not for others"),
-            ("million MACs", f"dense {_millions(macs.dense)}, ideal {_millions(macs.ideal)}, "
-             f"executed {_millions(macs.executed)}, gates {_millions(macs.gates)}"),
+            ("million MACs", f"dense {millions(macs.dense)}, ideal {millions(macs.ideal)}, "
+             f"executed {millions(macs.executed)}, gates {millions(macs.gates)}"),
             ("predictions", self._agreement()),
         ]  # fmt: skip
         for batch in self.latency:
@@ -139,9 +134,20 @@ class Result:
         )
 
 
-def _millions(macs: float) -> str:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose first row is its head: names to the left, all else to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("   ".join([name.ljust(widths[0]), *right]))
+    lines.insert(1, "-" * max(map(len, lines)))
+    return lines
+
+
+def millions(macs: float) -> str:
     return f"{macs / 1e6:.1f}"
 
 
-def _milliseconds(timing: Timing) -> str:
+def milliseconds(timing: Timing) -> str:
     return f"{1e3 * timing.median:.2f} ({1e3 * timing.p10:.2f}-{1e3 * timing.p90:.2f})"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..checkpoint import save_model
 from ..config import ACSConfig
 from ..convert import convert_model
+from ..gated import GatedModel
 from ..machine import machine
 from ..model import ACSModel
 from ..progress import Stage, silent
@@ -53,6 +55,17 @@ class Options:
     timing_seconds: float = 15.0
 
 
+class TimingOptions(Protocol):
+    """batches: sizes to time at, each for timing_seconds. seed: of the order of the images."""
+
+    @property
+    def batches(self) -> tuple[int, ...]: ...
+    @property
+    def timing_seconds(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
 def run(images: Images, options: Options, output: Path, stage: Stage = silent) -> Result:
     """The whole demo; writes the checkpoint, the picture and the report into `output`, which it makes.
 
@@ -78,7 +91,7 @@ def run(images: Images, options: Options, output: Path, stage: Stage = silent) -
         train_images=len(images.train),
         test_images=len(images.test),
         options=dataclasses.asdict(options),
-        accuracy={name: _accuracy(found, images.test_labels) for name, found in logits.items()},
+        accuracy={name: accuracy(found, images.test_labels) for name, found in logits.items()},
         density=density(masks, granularity),
         macs=macs,
         differing=differing,
@@ -130,7 +143,7 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def observe(model: ACSModel, images: Tensor, batch: int = 100) -> tuple[dict[str, Tensor], Macs]:
+def observe(model: GatedModel, images: Tensor, batch: int = 100) -> tuple[dict[str, Tensor], Macs]:
     """Masks bool [N, C] of all images by span, and the mean MACs, in the mode that `model` is in."""
     masks: dict[str, list[Tensor]] = {name: [] for name in model.report.gated}
     macs = torch.zeros(4, dtype=torch.float64)
@@ -158,7 +171,7 @@ def density(masks: dict[str, Tensor], granularity: dict[str, int]) -> Density:
 
 
 def latencies(
-    forms: dict[str, nn.Module], images: Tensor, options: Options, stage: Stage = silent
+    forms: Mapping[str, nn.Module], images: Tensor, options: TimingOptions, stage: Stage = silent
 ) -> dict[int, dict[str, Timing]]:
     """Timings by batch size and engine: interleaved, on other images at every call, the same for each engine."""
     # The test set is sorted by class.
@@ -186,7 +199,8 @@ def _on_each(form: nn.Module, batches: list[Tensor]) -> Callable[[], object]:
     return lambda: form(next(turning))
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of the images whose largest logit [N, classes] is that of their label [N]."""
     return (logits.argmax(1) == labels).double().mean().item()
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import ACSModel
+from ..gated import GatedModel
 from ..progress import Progress
 from .data import Images
 
@@ -36,7 +36,7 @@ class Recipe:
 def train(
     model: nn.Module, images: Images, epochs: int, recipe: Recipe, seed: int, progress: Progress | None = None
 ) -> None:
-    """AdamW with a one-cycle cosine schedule; adds the cost loss if `model` is an ACSModel."""
+    """AdamW with a one-cycle cosine schedule; adds the cost loss if `model` has gates or groups to learn."""
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(images.train) // recipe.batch)
     if steps == 0:
@@ -47,8 +47,8 @@ def train(
     for step, (batch, labels) in enumerate(_batches(images, epochs, recipe.batch, generator)):
         with compute_dtype():
             loss = F.cross_entropy(model(batch).float(), labels)
-        if isinstance(model, ACSModel):
-            loss = loss + recipe.cost_weight * model.cost_loss(_target(model, step / steps, recipe.anneal))
+        if isinstance(model, GatedModel) and _can_save(model):
+            loss = loss + recipe.cost_weight * model.cost_loss(*_targets(model, step / steps, recipe.anneal))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -74,7 +74,7 @@ def predict(model: nn.Module, images: Tensor, batch: int = 100) -> Tensor:
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    gates = list(model.gates.parameters()) if isinstance(model, ACSModel) else []
+    gates = list(model.gates.parameters()) if isinstance(model, GatedModel) else []
     known = {id(parameter) for parameter in gates}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
     groups = [
@@ -91,9 +91,18 @@ def _rate(done: float, warm_up: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
 
-def _target(model: ACSModel, done: float, anneal: float) -> float:
-    final = model.config.target_density
-    return max(final, 1 - (1 - final) * done / anneal)
+def _can_save(model: GatedModel) -> bool:
+    return bool(model.report.gated) or model.config.target_group_density is not None
+
+
+def _targets(model: GatedModel, done: float, anneal: float) -> tuple[float, float | None]:
+    """The densities of channels and of connections, falling from 1 to those of the configuration."""
+
+    def now(final: float) -> float:
+        return max(final, 1 - (1 - final) * done / anneal)
+
+    groups = model.config.target_group_density
+    return now(model.config.target_density), None if groups is None else now(groups)
 
 
 def _batches(images: Images, epochs: int, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

@@ -46,8 +46,8 @@ class ACSDenseNet(GatedModel):
     block_config: layers of each block. growth_rate: new channels of each layer. bn_size: the width of a layer's inner
         convolution is bn_size * growth_rate. initial_features: channels of the stem.
     final_transition: whether a transition follows the last block too, as published.
-    gate: "acs", "gap", or "none" for no masks at all. gate_hidden, granularity, target_density, eval_mode: as in
-        `ACSConfig`; a granularity of 1 is the paper's.
+    gate: "acs", "gap", or "none" for no masks at all. gate_hidden, granularity, target_density, eval_mode,
+        target_group_density: as in `ACSConfig`; a granularity of 1 is the paper's.
     gate_groups: the 3x3 convolutions of "acs" gates learn their groups (ACS-DG); otherwise they are ordinary.
     dynamic_groups: so do the 3x3 convolutions of the layers.
 
@@ -73,6 +73,7 @@ class ACSDenseNet(GatedModel):
         eval_mode: str = "sparse",
         gate_groups: bool = True,
         dynamic_groups: bool = False,
+        target_group_density: float | None = None,
     ) -> None:
         super().__init__()
         counts = {
@@ -111,7 +112,7 @@ class ACSDenseNet(GatedModel):
         # Without gates their kind does not matter.
         config = ACSConfig(
             gate="acs" if gate == "none" else gate, gate_hidden=gate_hidden, granularity=granularity,
-            target_density=target_density, eval_mode=eval_mode,
+            target_density=target_density, eval_mode=eval_mode, target_group_density=target_group_density,
         )  # fmt: skip
         self._start(config, Caches())
         self.plan = plan_layers(block_config, initial_features, growth_rate, gate != "none")
