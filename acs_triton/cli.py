@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("demo", help="train, convert and time a small network on real images")
     one.set_defaults(command=demo)
     one.add_argument("--model", choices=(SMALL_RESNET, ACS_DENSENET), default=SMALL_RESNET,
-                     help="a small residual network, or the paper's: ACS-GN, ACS-DG and both (%(default)s)")  # fmt: skip
+                     help="a small residual network, or the paper's in four variants (%(default)s)")  # fmt: skip
     one.add_argument("--data", nargs="+", default=["mnist"], metavar=("NAME", "PATH"),
                      help="mnist (default), or fashion-mnist and the folder that holds its four idx files")  # fmt: skip
     one.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write to (%(default)s)")
