@@ -59,8 +59,9 @@ def executed_macs(layers: dict[Layer, Any], masks: dict[str, Tensor]) -> dict[st
     for layer, launch in layers.items():
         known = launch.arguments
         if "BLOCK_K" in known:
+            groups = known["GROUPS"]
             inputs = _padded(layer.in_span, counts, known["C_IN"], known["BLOCK_K"])
-            outputs = _padded(layer.out_span, counts, known["C_OUT"], known["BLOCK_N"])
+            outputs = groups * _padded(layer.out_span, counts, known["C_OUT"] // groups, known["BLOCK_N"])
             pixels = -(-known["PIXELS"] // known["BLOCK_M"]) * known["BLOCK_M"]
             work = inputs * outputs * (pixels * known["KERNEL_H"] * known["KERNEL_W"])
         else:

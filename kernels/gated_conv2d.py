@@ -62,7 +62,8 @@ def run_conv(
     """`gated_conv2d` with a weight from `pack_conv`, and the column sums if `pooled`.
 
     channels: (C_in, C_out), with groups the input channels of one and the output channels of all. groups: 1 where a
-    side is gated. function: the operator that an error names. x may have another dtype than the weight, which is the result's: it is converted on load.
+    side is gated. function: the operator that an error names. x may have another dtype than the weight, which is the
+    result's: it is converted on load.
     """
     in_gated, out_gated = in_active is not None, out_active is not None
     (c_in, c_out), (kernel_h, kernel_w) = channels, kernel_size(packed, in_gated=in_gated, out_gated=out_gated)

@@ -82,7 +82,8 @@ def conv_tile(
 ) -> ConvTile:
     """The tile for a convolution with these static shapes; never depends on a mask.
 
-    pixels: output pixels of a sample. c_in, c_out: channels of one group. wide: False where the weight cannot be gathered 16 bytes at a time.
+    pixels: output pixels of a sample. c_in, c_out: channels of one group.
+    wide: False where the weight cannot be gathered 16 bytes at a time.
     precision: "tf32" or "ieee", for operands of 4 bytes.
     """
     ieee = element_size == 4 and precision == "ieee"
