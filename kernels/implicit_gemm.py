@@ -111,8 +111,8 @@ def conv_kernel(
     first_column, column_end = pid_n * BLOCK_N, OUT_WIDTH
     if GROUPS > 1:
         group = pid // N_TILES % GROUPS
-        first_column, column_end = group * GROUP_WIDTH + first_column, (group + 1) * GROUP_WIDTH
         x_ptr += group * C_IN
+        weight_ptr += group * (GROUP_WIDTH * TAPS * WEIGHT_ROW)
 
     if IN_GATED:
         k_blocks = tl.cdiv(tl.load(in_count_ptr + sample), BLOCK_K)
@@ -131,7 +131,7 @@ def conv_kernel(
         steps = tl.minimum(first + share, steps)
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = first_column + tl.arange(0, BLOCK_N)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     row, column = offs_m // OUT_W * STRIDE_H - PAD_TOP, offs_m % OUT_W * STRIDE_W - PAD_LEFT
     # Within a sample 32 bits are enough for an offset, and half the registers of a pointer.
@@ -141,7 +141,8 @@ def conv_kernel(
         if OUT_GATED:
             channel = tl.load(out_index_ptr + sample * OUT_WIDTH + offs_n, mask=offs_n < OUT_WIDTH, other=C_OUT)
         else:
-            channel = tl.minimum(offs_n, C_OUT)
+            # Behind a group come the weights of the next or the row of zeros: nothing of them is stored.
+            channel = tl.minimum(offs_n, GROUP_WIDTH)
         w_lines = channel * (TAPS * WEIGHT_ROW)
     else:
         w_lines = offs_n
@@ -179,8 +180,13 @@ def conv_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if SWAPPED:
         acc = tl.trans(acc)
+    if GROUPS > 1:
+        first_column += group * GROUP_WIDTH
+        if GROUP_WIDTH % BLOCK_N != 0:
+            column_end = (group + 1) * GROUP_WIDTH
     if SPLIT > 1:
         rows = (sample.to(tl.int64) * SPLIT + split) * PIXELS + offs_m
+        offs_n = first_column + tl.arange(0, BLOCK_N)
         places = rows[:, None] * OUT_WIDTH + offs_n[None, :]
         tl.store(workspace_ptr + places, acc, mask=(offs_m < PIXELS)[:, None] & (offs_n < column_end)[None, :])
     else:

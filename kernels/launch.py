@@ -113,22 +113,28 @@ def conv_tile(
             block: warps for block, warps in SWAPPED_BLOCKS.items() if block[0] >= pixels
         }
     else:
-        blocks = _blocks(ieee, out_gated, wide, narrow_groups=groups > 1 and c_out <= 32)
+        blocks = _blocks(ieee, out_gated, wide, c_out if groups > 1 else None)
     (block_m, block_n), split = min(((block, split) for block in blocks for split in SPLITS), key=nanoseconds)
     stages = _stages((block_m + block_n) * block_k * element_size, in_gated, chip)
     return ConvTile(block_m, block_n, block_k, blocks[block_m, block_n], stages, swapped, split)
 
 
-def _blocks(ieee: bool, out_gated: bool, wide: bool, narrow_groups: bool) -> Mapping[tuple[int, int], int]:
-    """The blocks that hold no more than a thread's registers on every chip, and their warps."""
+def _blocks(ieee: bool, out_gated: bool, wide: bool, group_width: int | None) -> Mapping[tuple[int, int], int]:
+    """The blocks that hold no more than a thread's registers on every chip, and their warps.
+
+    group_width: output channels of a group; None where there is only one.
+    """
     if ieee:
         return IEEE_BLOCKS
     if not wide:
         # Each element of the weight has an address of its own.
         return {block: warps for block, warps in CONV_BLOCKS.items() if block[0] == 64 and block[1] <= 64}
-    if narrow_groups:
+    if group_width is not None and group_width <= 32:
         # A block of 64 columns would move and multiply as many of another group, for nothing.
         return {block: warps for block, warps in CONV_BLOCKS.items() if block[1] == 32}
+    if group_width is not None:
+        # With the place of a group to remember, 256 rows no longer fit sm_80's registers.
+        return {block: warps for block, warps in CONV_BLOCKS.items() if block not in ((128, 32), (256, 64))}
     if not out_gated:
         # Where all channels run, narrow blocks only save registers that sm_100's assembler then uses badly.
         return {block: warps for block, warps in CONV_BLOCKS.items() if block != (128, 32)}

@@ -10,7 +10,8 @@ from acs_triton import ops
 @pytest.mark.parametrize("name, attribute", [
     ("dense-dense", "x"), ("dense-dense", "weight"), ("dense-dense", "bias"), ("dense-dense", "residual"),
     ("depthwise", "depthwise"), ("affine", "scale"), ("gate_head", "pooled"), ("gate_head", "w1"),
-    ("grouped", "x"), ("grouped", "grouped"), ("pooled", "compact"), ("pooled", "residual"), ("gate_head-sums", "sums"), ("conv_gate_head", "hidden"),
+    ("grouped", "x"), ("grouped", "grouped"),
+    ("pooled", "compact"), ("pooled", "residual"), ("gate_head-sums", "sums"), ("conv_gate_head", "hidden"),
 ])  # fmt: skip
 def test_inference_only(name, attribute):
     inputs = Inputs()
