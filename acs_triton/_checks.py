@@ -138,6 +138,31 @@ def _are_ints(value: object, lengths: tuple[int, ...]) -> bool:
     return isinstance(value, whole)
 
 
+def check_grouped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    activation: str,
+) -> None:
+    name = "grouped_conv2d"
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: weight must be [C_out, C_in / groups, kh, kw], got shape {tuple(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"{name}: groups must be positive and divide C_out = {weight.shape[0]}, got {groups}")
+    if x.dim() == 4 and x.shape[1] != groups * weight.shape[1]:
+        raise ValueError(
+            f"{name}: with {groups} groups, weight {tuple(weight.shape)} reads {groups} * {weight.shape[1]} channels, "
+            f"x has {x.shape[1]}; groups must divide both and weight be [C_out, C_in / groups, kh, kw]"
+        )
+    check_conv(
+        name, x, weight, bias, "in_active", None, groups * weight.shape[1], stride, padding, dilation, activation
+    )
+
+
 def check_mask(mask: Tensor, granularity: int) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"compact_channels: mask must be bool, got {mask.dtype}; compare the probabilities first")

@@ -29,6 +29,10 @@ def gated_depthwise_conv2d(x: Tensor, weight: Tensor, _bias: Tensor | None, *fla
     return 2 * pairs * height * width * out_val.shape[2] * out_val.shape[3]
 
 
+def grouped_conv2d(_x: Tensor, weight: Tensor, _bias: Tensor | None, *_flat: Any, out_val: Tensor) -> int:
+    return 2 * out_val.numel() * weight[0].numel()
+
+
 def gated_affine(x: Tensor, scale: Tensor, _shift: Tensor, *flat: Any, out_val: Tensor) -> int:
     return 2 * _active_pairs(x.shape[0], None, 1, flat[1], scale.shape[0]) * out_val.shape[2] * out_val.shape[3]
 
@@ -47,7 +51,8 @@ def conv_gate_head(hidden: Tensor, matrices: list[Tensor], *_flat: Any, out_val:
     return 2 * (9 * hidden.numel() + hidden.shape[0] * sum(matrix.numel() for matrix in matrices))
 
 
-# Counts on packed weights are the worst case: their callers count while no kernel runs, so there are no counts to read.
+# Counts of gated operators on packed weights are the worst case: their callers count while no kernel runs, so there are
+# no counts to read.
 
 
 def packed_conv2d(_x: Tensor, weight: Tensor, _bias: Tensor | None, *flat: Any, out_val: Any) -> int:
@@ -58,6 +63,12 @@ def packed_conv2d(_x: Tensor, weight: Tensor, _bias: Tensor | None, *flat: Any, 
 
 def packed_depthwise_conv2d(_x: Tensor, weight: Tensor, _bias: Tensor | None, *_flat: Any, out_val: Tensor) -> int:
     return 2 * out_val.numel() * weight.shape[0] * weight.shape[1]
+
+
+def packed_grouped_conv2d(
+    x: Tensor, weight: Tensor, _bias: Tensor | None, groups: int, *_flat: Any, out_val: Tensor
+) -> int:
+    return 2 * out_val.numel() * (x.shape[1] // groups) * weight.shape[1] * weight.shape[2]
 
 
 def packed_gate_head(pooled: Tensor, w1: Tensor, _b1: Tensor, weight: Tensor, *_flat: Any, out_val: Any) -> int:

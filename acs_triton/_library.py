@@ -28,6 +28,7 @@ _PACKED_CONV = (
     f"Tensor x, Tensor weight, Tensor? bias, int c_out, int c_in, int kernel_h, int kernel_w, {_IN}, {_OUT}, "
     f"Tensor? residual, {_GEOMETRY}"
 )
+_GROUPED = f"Tensor x, Tensor weight, Tensor? bias, int groups, {_GEOMETRY}"
 _HEADS = "Tensor[] w2, Tensor[] b2, int[] channels, int[] granularity"
 _PACKED_HEADS = "Tensor weight, Tensor bias, int[] channels, int[] granularity"
 
@@ -87,6 +88,15 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
             stride=stride, padding=padding, dilation=dilation, activation=activation,
         )  # fmt: skip
 
+    def grouped(name: str) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, *flat: Any) -> Tensor:
+            stride, padding, dilation, activation = flat
+            return getattr(implementation(x.device), name)(
+                x, weight, bias, groups=groups, stride=stride, padding=padding, dilation=dilation, activation=activation
+            )
+
+        return run
+
     def affine(x: Tensor, scale: Tensor, shift: Tensor, *flat: Any) -> Tensor:
         return implementation(x.device).gated_affine(x, scale, shift, active=active(*flat[:3]), activation=flat[3])
 
@@ -122,6 +132,7 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
         ("gated_depthwise_conv2d",
          f"Tensor x, Tensor weight, Tensor? bias, {_ACTIVE.format('active')}, {_GEOMETRY}", "Tensor",
          depthwise, _fake_depthwise, _flops.gated_depthwise_conv2d),
+        ("grouped_conv2d", _GROUPED, "Tensor", grouped("grouped_conv2d"), _fake_grouped, _flops.grouped_conv2d),
         ("gated_affine", f"Tensor x, Tensor scale, Tensor shift, {_ACTIVE.format('active')}, str activation", "Tensor",
          affine, _fake_affine, _flops.gated_affine),
         ("gate_head", f"Tensor pooled, Tensor w1, Tensor b1, {_HEADS}, {_IN}, float threshold, int pixels", "Tensor[]",
@@ -134,6 +145,8 @@ def register_operators(implementation: Callable[[torch.device], ModuleType]) -> 
         ("packed_depthwise_conv2d",
          f"Tensor x, Tensor weight, Tensor? bias, {_ACTIVE.format('active')}, {_GEOMETRY}", "Tensor",
          packed_depthwise, _fake_packed_depthwise, _flops.packed_depthwise_conv2d),
+        ("packed_grouped_conv2d", _GROUPED, "Tensor",
+         grouped("grouped_conv2d_packed"), _fake_packed_grouped, _flops.packed_grouped_conv2d),
         ("packed_gate_head",
          f"Tensor pooled, Tensor w1, Tensor b1, {_PACKED_HEADS}, {_IN}, float threshold, int pixels", "Tensor",
          packed_gate_head, _fake_packed_gate_head, _flops.packed_gate_head),
@@ -191,6 +204,15 @@ def _fake_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) 
 def _fake_packed_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> Tensor:
     size = spatial_size(x.shape[2:], weight.shape[:2], *flat[3:6])
     return _empty(x, x.shape[1], size, weight.dtype)
+
+
+def _fake_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, _groups: int, *flat: Any) -> Tensor:
+    return _empty(x, weight.shape[0], output_size(x, weight, *flat[:3]))
+
+
+def _fake_packed_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, _groups: int, *flat: Any) -> Tensor:
+    size = spatial_size(x.shape[2:], weight.shape[1:3], *flat[:3])
+    return _empty(x, weight.shape[0] - 1, size, weight.dtype)
 
 
 def _fake_affine(x: Tensor, scale: Tensor, shift: Tensor, *flat: Any) -> Tensor:

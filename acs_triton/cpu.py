@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import onednn
+from .cpu_conv import convolve
+from .cpu_conv import grouped_conv2d as grouped_conv2d
 from .onednn import activate_
 from .reference.compact_channels import ActiveChannels, padded_channels
 from .reference.gate_head import Head, logit_threshold
@@ -69,7 +70,7 @@ def gated_conv2d(
             kept = _columns(_rows(weight, out_active, n, n_out), in_active, n, n_in)
             # A weight that is not gathered comes from a lowered graph (tight), and will come again.
             keep = tight and n_in == c_in and n_out == c_out
-            return _convolve(part, kept, kept_bias, stride, padding, dilation, 1, added, activation, keep)
+            return convolve(part, kept, kept_bias, stride, padding, dilation, 1, added, activation, keep)
         y = y if kept_bias is None else y.add_(kept_bias[:, None, None])
         return activate_(y if added is None else y.add_(added), activation)
 
@@ -105,7 +106,7 @@ def gated_depthwise_conv2d(
         if count == 0:
             return part.new_zeros(part.shape[0], 0, *output_size(x, weight, stride, padding, dilation))
         kept, kept_bias = _rows(weight, active, n, count), None if bias is None else _rows(bias, active, n, count)
-        return _convolve(part, kept, kept_bias, stride, padding, dilation, count, None, activation)
+        return convolve(part, kept, kept_bias, stride, padding, dilation, count, None, activation)
 
     runs = _runs(x.shape[0], [active])
     width = _width(runs, weight.shape[0], tight)
@@ -258,29 +259,6 @@ def _samples(x: Tensor, samples: list[int]) -> Tensor:
     if _adjacent(samples):
         return x[samples[0] : samples[-1] + 1].contiguous(memory_format=torch.channels_last)
     return torch.cat([x[n : n + 1] for n in samples]).contiguous(memory_format=torch.channels_last)
-
-
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    groups: int = 1,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    keep: bool = False,
-) -> Tensor:
-    channels = weight.shape[1] * groups
-    if x.shape[1] != channels:
-        x = x.narrow(1, 0, channels)
-    left, right, top, bottom = sides(padding)
-    if left != right or top != bottom:
-        x = F.pad(x, (left, right, top, bottom))
-        left = top = 0
-    stride, dilation = pair(stride), pair(dilation)
-    return onednn.convolve(x, weight, bias, stride, (top, left), dilation, groups, residual, activation, keep)
 
 
 def _is_matrix_product(weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import ops, zoo
+from . import dispatch, zoo
 from .machine import instruction_sets, processor
 from .state import MODES
 
@@ -87,7 +87,7 @@ def _onednn() -> str:
 
 def _forced() -> str:
     try:
-        return ops.backend() or "not set: the path follows from the device"
+        return dispatch.backend() or "not set: the path follows from the device"
     except ValueError as error:
         return f"invalid: {error}"
 
@@ -107,7 +107,7 @@ def _path(mode: str, device: str) -> str:
     if mode == "hard":
         return "dense PyTorch under the 0/1 mask, the oracle"
     try:
-        module = ops.implementation(torch.device(device))
+        module = dispatch.implementation(torch.device(device))
     except (RuntimeError, ValueError) as error:
         return f"none: {error}"
     summary = (module.__doc__ or "").strip().splitlines()[0].rstrip(".")

@@ -82,18 +82,11 @@ class KernelEmitter(Emitter):
         from_input, from_result = map(self._packed_or_none, conv.moves)
         weight, bias = self._cast(conv.weight), self._cast_or_none(folded.bias)
         if in_active is None and out_active is None:
-            packed_weight = self._packed(weight.contiguous(memory_format=torch.channels_last))
-            arguments = (
-                x,
-                packed_weight,
-                self._packed_or_none(bias),
-                residual,
-                from_input,
-                from_result,
-                conv.parts,
-                *end,
-            )
-            return self.graph.call_function(regroup.grouped, arguments)
+            weights = self._packed(self._kernels.pack_grouped(weight, conv.parts)), self._packed_or_none(bias)
+            arguments = (x, *weights, residual, from_input, from_result, conv.parts, *end)
+            value = self.graph.call_function(regroup.grouped_on_kernels, arguments)
+            value.meta["layer"] = Layer(str(conv_node.target), None, None)
+            return value
         x, in_active = self._moved_input(conv_node, fused, x, in_active, from_input)
         parts, (c_out, c_in) = conv.parts, (weight.shape[0], weight.shape[1] * conv.parts)
         inputs = self.graph.call_function(regroup.inputs_of_parts, (x, in_active, parts, c_in))

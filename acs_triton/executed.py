@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from .reference.compact_channels import CHANNEL_BLOCK
+
 if TYPE_CHECKING:
     from .state import LoweredState
 
@@ -63,13 +65,18 @@ def executed_macs(layers: dict[Layer, Any], masks: dict[str, Tensor]) -> dict[st
     for layer, launch in layers.items():
         known = launch.arguments
         if "BLOCK_K" in known:
+            groups = known["GROUPS"]
             inputs = _padded(_counted(layer.in_span, layer.in_channels, masks, known["C_IN"]), known["BLOCK_K"])
-            outputs = _padded(_counted(layer.out_span, layer.out_channels, masks, known["C_OUT"]), known["BLOCK_N"])
+            columns = _counted(layer.out_span, layer.out_channels, masks, known["C_OUT"] // groups)
+            outputs = groups * _padded(columns, known["BLOCK_N"])
             pixels = -(-known["PIXELS"] // known["BLOCK_M"]) * known["BLOCK_M"]
             work = inputs * outputs * (pixels * known["KERNEL_H"] * known["KERNEL_W"])
         else:
-            channels = _padded(_counted(layer.out_span, None, masks, known["CHANNELS"]), known["BLOCK_C"])
-            work = channels * (known["OUT_H"] * known["OUT_W"] * known["KERNEL_H"] * known["KERNEL_W"])
+            # Its programs leave at the end of a block of the contract, not of their own.
+            channels = _padded(_counted(layer.out_span, None, masks, known["CHANNELS"]), CHANNEL_BLOCK)
+            tiles = -(-known["OUT_H"] // known["ROWS"]), -(-known["OUT_W"] // (known["STRIPS"] * known["STRIP"]))
+            pixels = tiles[0] * known["ROWS"] * tiles[1] * known["STRIPS"] * known["STRIP"]
+            work = channels * (pixels * known["KERNEL_H"] * known["KERNEL_W"])
         executed[layer.name] = executed.get(layer.name, 0.0) + work.mean().item()
     return executed
 

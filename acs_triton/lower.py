@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from . import cpu, ops
+from . import cpu, dispatch
 from .emit import Emitter
 from .emit_kernels import KernelEmitter
 from .program import Programs
@@ -82,7 +82,7 @@ def target(device: torch.device) -> tuple[ModuleType, torch.dtype | None]:
 
     RuntimeError where there is no sparse path.
     """
-    implementation = ops.implementation(device)
+    implementation = dispatch.implementation(device)
     if implementation is cpu or not torch.is_autocast_enabled(device.type):
         return implementation, None
     return implementation, torch.get_autocast_dtype(device.type)

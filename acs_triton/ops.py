@@ -7,24 +7,18 @@ They are for inference: there is no backward.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
 
-from . import cpu
 from ._checks import (
     check_active,
     check_conv,
     check_conv_gate,
     check_devices,
     check_gate,
+    check_grouped,
     check_input,
     check_mask,
     check_vector,
@@ -32,57 +26,12 @@ from ._checks import (
     refuse_grad,
 )
 from ._library import register_operators
+from .dispatch import implementation, run_direct
 from .reference.compact_channels import ActiveChannels
 from .reference.gate_head import Head
 from .reference.gated_conv2d import output_size, pair, sides
 
 Ints = int | Sequence[int]
-
-
-def backend() -> str | None:
-    """The path forced by the environment variable ACS_TRITON_BACKEND, "triton" or "torch"; None when it is not set."""
-    value = os.environ.get("ACS_TRITON_BACKEND") or None
-    if value not in (None, "triton", "torch"):
-        raise ValueError(f"ACS_TRITON_BACKEND: expected 'triton' or 'torch', got {value!r}; correct or unset it")
-    return value
-
-
-def implementation(device: torch.device) -> ModuleType:
-    """The module whose functions run the operators on tensors of this device. RuntimeError where there is none."""
-    forced = backend()
-    if device.type == "cpu" and forced != "triton":
-        return cpu
-    if forced == "torch" or device.type not in ("cpu", "cuda"):
-        reason = f" with ACS_TRITON_BACKEND={forced}" if forced else ""
-        raise RuntimeError(
-            f"acs_triton has no sparse path for {device.type} tensors{reason}; "
-            "move the model to the CPU or use hard mode (eval_mode='hard')"
-        )
-    # Looked up, not imported again: dynamo traces this line.
-    return sys.modules.get("acs_triton.kernels") or _import_kernels(device)
-
-
-def _import_kernels(device: torch.device) -> ModuleType:
-    try:
-        return importlib.import_module(".kernels", __package__)
-    except ImportError as error:
-        raise RuntimeError(
-            f"acs_triton runs {device.type} tensors with Triton, which cannot be imported ({error}); "
-            "install triton, or use hard mode (eval_mode='hard')"
-        ) from error
-
-
-def run_direct(tensor: Tensor) -> bool:
-    """Whether an operator may skip the dispatcher: a plain tensor, nothing tracing or intercepting."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and _len_torch_dispatch_stack() == 0
-        and _len_torch_function_stack() == 0
-        and peek_interpreter_stack() is None
-        and _get_tracing_state() is None
-        and (tensor.is_cpu or tensor.is_cuda)
-    )
 
 
 def compact_channels(mask: Tensor, granularity: int = 1) -> ActiveChannels:
@@ -221,6 +170,34 @@ def gated_depthwise_conv2d(
         )
     return torch.ops.acs_triton.gated_depthwise_conv2d(
         x, weight, bias, *flat(active), pair(stride), sides(padding), pair(dilation), activation
+    )
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Convolve each group of channels by itself; see reference.grouped_conv2d for the equation.
+
+    x: [N, C_in, H, W]; weight: [C_out, C_in / groups, kh, kw]; bias: [C_out]; `groups` divides C_in and C_out. One
+    floating dtype for all, or autocast. Returns [N, C_out, Ho, Wo], channels_last.
+    Raises ValueError or TypeError for a wrong argument, RuntimeError if an input requires grad.
+    """
+    x, weight, bias, _ = prepare("grouped_conv2d", x, weight, bias)
+    check_grouped(x, weight, bias, groups, stride, padding, dilation, activation)
+    if run_direct(x):
+        return implementation(x.device).grouped_conv2d(
+            x, weight, bias, groups=groups, stride=stride, padding=padding, dilation=dilation, activation=activation
+        )
+    return torch.ops.acs_triton.grouped_conv2d(
+        x, weight, bias, groups, pair(stride), sides(padding), pair(dilation), activation
     )
 
 

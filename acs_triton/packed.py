@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from .dispatch import implementation, run_direct
 from .onednn import activate_
-from .ops import ActiveChannels, flat, run_direct
+from .ops import ActiveChannels, flat
 from .reference.gated_conv2d import sides, spatial_size
 from .sparse import Geometry
 
@@ -94,7 +94,7 @@ def _run_conv(
     c_out, c_in, _, _ = shape
     stride, padding, dilation = geometry
     sided = (stride, sides(padding), dilation)
-    kernels = ops.implementation(x.device)
+    kernels = implementation(x.device)
     return kernels.run_conv(
         x, weight, bias, residual, (c_in, c_out), in_active, out_active, sided, activation, pooled
     )  # fmt: skip
@@ -124,12 +124,27 @@ def depthwise(
     """activation(depthwise conv2d(x, weight) + bias) on a compact tensor."""
     stride, padding, dilation = geometry
     if run_direct(x):
-        return ops.implementation(x.device).gated_depthwise_conv2d_packed(
+        return implementation(x.device).gated_depthwise_conv2d_packed(
             x, weight, bias, active=active, stride=stride, padding=sides(padding), dilation=dilation,
             activation=activation,
         )  # fmt: skip
     return torch.ops.acs_triton.packed_depthwise_conv2d(
         x, weight, bias, *flat(active), stride, sides(padding), dilation, activation
+    )
+
+
+def grouped_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, geometry: Geometry, activation: str
+) -> Tensor:
+    """activation(conv2d(x, weight, groups=groups) + bias), all channels."""
+    stride, padding, dilation = geometry
+    if run_direct(x):
+        return implementation(x.device).grouped_conv2d_packed(
+            x, weight, bias, groups=groups, stride=stride, padding=sides(padding), dilation=dilation,
+            activation=activation,
+        )  # fmt: skip
+    return torch.ops.acs_triton.packed_grouped_conv2d(
+        x, weight, bias, groups, stride, sides(padding), dilation, activation
     )
 
 
@@ -151,7 +166,7 @@ def pooled_gate(
     """
     pixels = 1 if sums is None else x.shape[2] * x.shape[3]
     pooled = x.mean((2, 3), dtype=torch.float32) if sums is None else sums
-    kernels = ops.implementation(x.device)
+    kernels = implementation(x.device)
     if run_direct(pooled):
         decided = kernels.gate_head_packed(
             pooled, w1, b1, kernels.packed_heads(weight, bias, *_columns(sizes)),
@@ -179,7 +194,7 @@ def conv_gate(
 ) -> tuple[ActiveChannels, ...]:
     """ConvGate with its decision, in two launches: the merged front, then window means, matrix and compaction."""
     hidden = conv(x, front, shift, shape, in_active, None, None, FRONT, "relu")
-    kernels = ops.implementation(x.device)
+    kernels = implementation(x.device)
     if run_direct(hidden):
         decided = kernels.conv_gate_head_packed(
             hidden, kernels.packed_heads(weight, bias, *_columns(sizes)), threshold=model.threshold

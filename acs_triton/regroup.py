@@ -11,10 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, onednn, ops, sparse
+from . import cpu, onednn, ops, packed, sparse
 from ._checks import prepare
 from .channel_order import part_granularity
 from .ops import ActiveChannels, run_direct
@@ -49,6 +48,23 @@ def grouped(
     return finished(y, residual, from_result, activation)
 
 
+def grouped_on_kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    from_input: Tensor | None,
+    from_result: Tensor | None,
+    groups: int,
+    geometry: Geometry,
+    activation: str,
+) -> Tensor:
+    """`grouped` with a weight from `kernels.pack_grouped`."""
+    x = x if from_input is None else select(x, from_input)
+    y = packed.grouped_conv(x, weight, bias, groups, geometry, activation if residual is None else "none")
+    return finished(y, residual, from_result, activation)
+
+
 def finished(y: Tensor, residual: Tensor | None, from_result: Tensor | None, activation: str) -> Tensor:
     """A result in the order in which it is stored; `activation` comes after the residual, where there is one."""
     y = y if from_result is None else select(y, from_result)
@@ -58,12 +74,13 @@ def finished(y: Tensor, residual: Tensor | None, from_result: Tensor | None, act
 def _grouped_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, geometry: Geometry, activation: str
 ) -> Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
-    if run_direct(x) and x.is_cpu and ops.implementation(x.device) is cpu:
-        if torch.is_autocast_enabled("cpu"):
-            x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
-        return onednn.convolve(x, weight, bias, *geometry, groups, activation=activation, keep=True)
-    return onednn.activate_(F.conv2d(x, weight, bias, *geometry, groups), activation)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
+    stride, padding, dilation = geometry
+    options = {"groups": groups, "stride": stride, "padding": padding, "dilation": dilation, "activation": activation}
+    if run_direct(x):
+        return cpu.grouped_conv2d(x, weight, bias, **options, keep=True)  # type: ignore[arg-type]
+    return ops.grouped_conv2d(x, weight, bias, **options)  # type: ignore[arg-type]
 
 
 def gated(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import cpu, groups, onednn, ops
 from ._checks import prepare
+from .dispatch import implementation, run_direct
 from .gates import full_precision
-from .ops import ActiveChannels, run_direct
+from .ops import ActiveChannels
 
 if TYPE_CHECKING:
     from .gated import GatedModel
@@ -163,7 +164,7 @@ def conv_gate(
 
 def compact(keep: Tensor, channels: int, granularity: int) -> ActiveChannels:
     """Group decisions, bool [N, groups], as active channels."""
-    if run_direct(keep) and ops.implementation(keep.device) is cpu:
+    if run_direct(keep) and implementation(keep.device) is cpu:
         return cpu.compact_groups(keep, channels, granularity)
     mask = keep[:, :, None].expand(-1, -1, granularity).reshape(-1, channels)
     return ops.compact_channels(mask, granularity)

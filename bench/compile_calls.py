@@ -18,6 +18,7 @@ from acs_triton.kernels.gated_affine import gated_affine
 from acs_triton.kernels.gated_conv2d import gated_conv2d
 from acs_triton.kernels.gated_conv2d_pooled import gated_conv2d_pooled
 from acs_triton.kernels.gated_depthwise_conv2d import gated_depthwise_conv2d
+from acs_triton.kernels.grouped_conv2d import grouped_conv2d
 from acs_triton.kernels.launch import Chip, Launch, record
 from acs_triton.reference.compact_channels import ActiveChannels, padded_channels
 
@@ -35,6 +36,7 @@ class Layer:
     size: int
     stride: int = 1
     dilation: int = 1
+    groups: int = 1
 
 
 # Convolutions as in ResNets for ImageNet and CIFAR, and narrower: at these batches they take every tile there is.
@@ -54,6 +56,20 @@ LAYERS = (
 )
 # Widths that are no multiple of a vector: no full width is promised, but no spill is allowed either.
 ODD_LAYERS = (Layer(3, 64, 7, 64, stride=2), Layer(100, 36, 5, 13, dilation=2))
+# As in ResNeXts, down to maps that are swapped; and fewer groups, as learned grouping leaves them.
+GROUPED_LAYERS = (
+    Layer(128, 128, 3, 56, groups=32),
+    Layer(256, 256, 3, 28, groups=32),
+    Layer(512, 512, 3, 14, groups=32),
+    Layer(1024, 1024, 3, 7, groups=32),
+    Layer(512, 512, 3, 4, groups=32),
+    Layer(128, 128, 1, 56, groups=32),
+    Layer(64, 64, 3, 56, groups=64),
+    Layer(256, 256, 3, 28, groups=4),
+    Layer(256, 256, 3, 14, groups=2),
+    Layer(512, 512, 3, 5, groups=8),
+)
+ODD_GROUPED_LAYERS = (Layer(24, 48, 3, 13, groups=8), Layer(35, 21, 5, 13, dilation=2, groups=7))
 BATCHES = (1, 8, 64)
 FORMS: dict[str, tuple[int | None, int | None]] = {
     "dense": (None, None),
@@ -97,9 +113,14 @@ def _convolutions(dtype: str) -> Iterator[Call]:
         for form in FORMS:
             for layer in ODD_LAYERS:
                 yield Call(f"{form}, odd widths", dtype, partial(_convolve, layer, 8, form, dtype))
+        for layer in ODD_GROUPED_LAYERS:
+            yield Call("grouped, odd widths", dtype, partial(_convolve_groups, layer, 8, dtype))
     for form in FORMS:
         for layer in LAYERS:
             yield from (Call(form, dtype, partial(_convolve, layer, batch, form, dtype)) for batch in BATCHES)
+    for layer in GROUPED_LAYERS:
+        form = f"grouped {layer.c_in // layer.groups}"
+        yield from (Call(form, dtype, partial(_convolve_groups, layer, batch, dtype)) for batch in BATCHES)
     pooled = partial(_convolve, function=gated_conv2d_pooled, residual=True)
     for form in ("dense", "in") if dtype in ("fp16", "tf32") else ():
         for layer in LAYERS[:4]:
@@ -152,6 +173,19 @@ def _convolve(
         in_active=in_active,
         out_active=None if out_granularity is None else _active(batch, layer.c_out, out_granularity),
         residual=_image(batch, layer.c_out, out_size, dtype) if residual else None,
+        stride=layer.stride,
+        padding=layer.kernel // 2 * layer.dilation,
+        dilation=layer.dilation,
+        activation="relu",
+    )
+
+
+def _convolve_groups(layer: Layer, batch: int, dtype: str) -> None:
+    grouped_conv2d(
+        _image(batch, layer.c_in, layer.size, dtype),
+        _tensor((layer.c_out, layer.c_in // layer.groups, layer.kernel, layer.kernel), dtype),
+        _tensor((layer.c_out,), dtype),
+        groups=layer.groups,
         stride=layer.stride,
         padding=layer.kernel // 2 * layer.dilation,
         dilation=layer.dilation,

@@ -35,7 +35,8 @@ def violations(launch: Launch, compiled: Compiled, target: Target) -> list[str]:
 def full_width(arguments: Mapping[str, Any]) -> bool:
     """Whether both operands of this convolution can be copied 16 bytes at a time, at any mask.
 
-    Rows of x must be aligned; where channels adjacent in the weight are gathered, each run of them must fill a vector.
+    Rows of x must be aligned, and so must groups in them (C_IN is of one group, or of those that share a tile); where
+    channels adjacent in the weight are gathered, each run of them must fill a vector.
     """
     in_gated, out_gated = arguments["in_index_ptr"] is not None, arguments["out_index_ptr"] is not None
     x, weight = arguments["x_ptr"].itemsize, arguments["weight_ptr"].itemsize

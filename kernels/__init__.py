@@ -7,6 +7,7 @@ from .gated_affine import gated_affine
 from .gated_conv2d import gated_conv2d, run_conv
 from .gated_conv2d_pooled import gated_conv2d_pooled
 from .gated_depthwise_conv2d import gated_depthwise_conv2d, gated_depthwise_conv2d_packed, pack_depthwise
+from .grouped_conv2d import grouped_conv2d, grouped_conv2d_packed, pack_grouped
 from .packing import pack_conv
 
 __all__ = [
@@ -20,8 +21,11 @@ __all__ = [
     "gated_conv2d_pooled",
     "gated_depthwise_conv2d",
     "gated_depthwise_conv2d_packed",
+    "grouped_conv2d",
+    "grouped_conv2d_packed",
     "pack_conv",
     "pack_depthwise",
+    "pack_grouped",
     "pack_heads",
     "pack_reduce",
     "packed_heads",

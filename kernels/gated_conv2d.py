@@ -56,10 +56,14 @@ def run_conv(
     geometry: Geometry,
     activation: str,
     pooled: bool = False,
+    groups: int = 1,
+    function: str = "gated_conv2d",
 ) -> tuple[Tensor, Tensor | None]:
     """`gated_conv2d` with a weight from `pack_conv`, and the column sums if `pooled`.
 
-    channels: (C_in, C_out). x may have another dtype than the weight, which is the result's: it is converted on load.
+    channels: (C_in, C_out), with groups the input channels of one and the output channels of all. groups: 1 where a
+    side is gated. function: the operator that an error names. x may have another dtype than the weight, which is the
+    result's: it is converted on load.
     """
     in_gated, out_gated = in_active is not None, out_active is not None
     (c_in, c_out), (kernel_h, kernel_w) = channels, kernel_size(packed, in_gated=in_gated, out_gated=out_gated)
@@ -68,7 +72,7 @@ def run_conv(
     out_h, out_w = spatial_size((height, width), (kernel_h, kernel_w), *geometry)
     out_width = padded_channels(c_out) if out_gated else c_out
     pixels = out_h * out_w
-    _check(x, packed, height * width * in_width, pixels * out_width)
+    _check(function, packed, height * width * in_width, pixels * out_width)
     precision = conv_precision()
     k_major, vector = is_k_major(packed.dtype, in_gated=in_gated, out_gated=out_gated), vector_length(packed.dtype)
     if in_active is None or not k_major:
@@ -78,8 +82,8 @@ def run_conv(
         run = gcd(in_active.granularity, vector) if packed.element_size() == 4 or GATHERS_VECTORS else 1
         wide = run == vector
     tile = conv_tile(
-        pixels=pixels, samples=samples, c_in=c_in, c_out=c_out, taps=kernel_h * kernel_w, in_gated=in_gated,
-        out_gated=out_gated, wide=wide, element_size=max(x.element_size(), packed.element_size()),
+        pixels=pixels, samples=samples, c_in=c_in, c_out=c_out // groups, groups=groups, taps=kernel_h * kernel_w,
+        in_gated=in_gated, out_gated=out_gated, wide=wide, element_size=max(x.element_size(), packed.element_size()),
         precision=precision, chip=chip_of(x.device),
     )  # fmt: skip
     (in_index, in_count), (out_index, out_count) = lists(in_active), lists(out_active)
@@ -94,7 +98,8 @@ def run_conv(
         sums = torch.empty((samples, -(-pixels // POOL_ROWS), out_width), dtype=torch.float32, device=x.device)
     if tile.split > 1:
         workspace = torch.empty((samples, tile.split, pixels, out_width), dtype=torch.float32, device=x.device)
-    programs = samples * -(-pixels // tile.block_m) * -(-out_width // tile.block_n) * tile.split
+    n_tiles = groups * -(-(out_width // groups) // tile.block_n)
+    programs = samples * -(-pixels // tile.block_m) * n_tiles * tile.split
     result: dict[str, Any] = {
         "bias_ptr": bias, "residual_ptr": residual, "out_ptr": out, "sums_ptr": sums, "workspace_ptr": workspace,
         "out_index_ptr": out_index, "out_count_ptr": out_count,
@@ -103,7 +108,7 @@ def run_conv(
     source: dict[str, Any] = {
         "x_ptr": x, "weight_ptr": packed,
         "in_index_ptr": in_index, "in_count_ptr": in_count,
-        "H": height, "W": width, "C_IN": c_in, "IN_WIDTH": in_width, "OUT_W": out_w,
+        "H": height, "W": width, "C_IN": c_in, "IN_WIDTH": in_width, "OUT_W": out_w, "GROUPS": groups,
         "KERNEL_H": kernel_h, "KERNEL_W": kernel_w, "STRIDE_H": stride_h, "STRIDE_W": stride_w,
         "PAD_TOP": top, "PAD_LEFT": left, "PADDED": max(left, right, top, bottom) > 0,
         "DILATION_H": dilation_h, "DILATION_W": dilation_w,
@@ -138,14 +143,14 @@ def _add_splits(result: dict[str, Any], samples: int, tile: ConvTile) -> None:
     launch(split_kernel, samples * tiles, {**result, **blocks}, num_warps=block_m * block_n // 256, num_stages=1)
 
 
-def _check(x: Tensor, packed: Tensor, in_elements: int, out_elements: int) -> None:
+def _check(function: str, packed: Tensor, in_elements: int, out_elements: int) -> None:
     if packed.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(
-            f"gated_conv2d: the Triton kernels compute in float16, bfloat16 or float32, got {packed.dtype}; "
+            f"{function}: the Triton kernels compute in float16, bfloat16 or float32, got {packed.dtype}; "
             "use hard mode (eval_mode='hard')"
         )
     if max(in_elements, out_elements, packed.numel()) >= 1 << 31:
         raise ValueError(
-            "gated_conv2d: x, the result (of one sample) and weight must each have fewer than 2**31 elements, "
+            f"{function}: x, the result (of one sample) and weight must each have fewer than 2**31 elements, "
             f"got {in_elements}, {out_elements} and {packed.numel()}; cut the image into tiles"
         )

@@ -1,7 +1,7 @@
 """A convolution as a matrix product whose operands are never laid out: what `gated_conv2d` launches.
 
 Rows are output pixels of one sample, columns output channels; the sum runs over taps and input channels. A side is
-gated where it has an active list.
+gated where it has an active list. Groups are blocks of columns whose sums run over input channels of their own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ _POOL_ROWS: tl.constexpr = tl.constexpr(POOL_ROWS)
 
 @triton.jit
 def _finish(
-    acc, sample, first_row, first_column, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
+    acc, sample, first_row, first_column, column_end, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
     PIXELS: tl.constexpr, C_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Bias, residual, activation; store the tile [BLOCK_M, BLOCK_N] of one sample, and its column sums."""
+    """Bias, residual, activation; store the tile [BLOCK_M, BLOCK_N] of one sample, and its column sums.
+
+    column_end: the first column that is no longer this tile's to write.
+    """
     offs_m, offs_n = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
-    stored = offs_n < OUT_WIDTH
+    stored = offs_n < column_end
     if out_index_ptr is not None:
         channel = tl.load(out_index_ptr + sample * OUT_WIDTH + offs_n, mask=stored, other=C_OUT)
     else:
@@ -81,7 +84,7 @@ def conv_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, sums_ptr, workspace_ptr,
     in_index_ptr, in_count_ptr, out_index_ptr, out_count_ptr,
     H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, IN_WIDTH: tl.constexpr,
-    PIXELS: tl.constexpr, OUT_W: tl.constexpr, C_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr, OUT_W: tl.constexpr, C_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_TOP: tl.constexpr, PAD_LEFT: tl.constexpr, PADDED: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -89,18 +92,27 @@ def conv_kernel(
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, SWAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BLOCK_M pixels, BLOCK_N channels] of one sample, or one of SPLIT shares of its sum."""
+    """One tile [BLOCK_M pixels, BLOCK_N channels] of one group of one sample, or one of SPLIT shares of its sum.
+
+    C_IN: input channels of a group; C_OUT: output channels of all groups. With lists there is one group.
+    """
     IN_GATED: tl.constexpr = in_index_ptr is not None
     OUT_GATED: tl.constexpr = out_index_ptr is not None
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     M_TILES: tl.constexpr = (PIXELS + BLOCK_M - 1) // BLOCK_M
-    N_TILES: tl.constexpr = (OUT_WIDTH + BLOCK_N - 1) // BLOCK_N
+    GROUP_WIDTH: tl.constexpr = OUT_WIDTH // GROUPS
+    N_TILES: tl.constexpr = (GROUP_WIDTH + BLOCK_N - 1) // BLOCK_N
 
     pid = tl.program_id(0)
     pid_n = pid % N_TILES
-    pid_m = pid // N_TILES % M_TILES
-    split = pid // (N_TILES * M_TILES) % SPLIT
-    sample = pid // (N_TILES * M_TILES * SPLIT)
+    pid_m = pid // (N_TILES * GROUPS) % M_TILES
+    split = pid // (N_TILES * GROUPS * M_TILES) % SPLIT
+    sample = pid // (N_TILES * GROUPS * M_TILES * SPLIT)
+    first_column, column_end = pid_n * BLOCK_N, OUT_WIDTH
+    if GROUPS > 1:
+        group = pid // N_TILES % GROUPS
+        x_ptr += group * C_IN
+        weight_ptr += group * (GROUP_WIDTH * TAPS * WEIGHT_ROW)
 
     if IN_GATED:
         k_blocks = tl.cdiv(tl.load(in_count_ptr + sample), BLOCK_K)
@@ -129,7 +141,8 @@ def conv_kernel(
         if OUT_GATED:
             channel = tl.load(out_index_ptr + sample * OUT_WIDTH + offs_n, mask=offs_n < OUT_WIDTH, other=C_OUT)
         else:
-            channel = tl.minimum(offs_n, C_OUT)
+            # Behind a group come the weights of the next or the row of zeros: nothing of them is stored.
+            channel = tl.minimum(offs_n, GROUP_WIDTH)
         w_lines = channel * (TAPS * WEIGHT_ROW)
     else:
         w_lines = offs_n
@@ -167,13 +180,19 @@ def conv_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if SWAPPED:
         acc = tl.trans(acc)
+    if GROUPS > 1:
+        first_column += group * GROUP_WIDTH
+        if GROUP_WIDTH % BLOCK_N != 0:
+            column_end = (group + 1) * GROUP_WIDTH
     if SPLIT > 1:
         rows = (sample.to(tl.int64) * SPLIT + split) * PIXELS + offs_m
+        offs_n = first_column + tl.arange(0, BLOCK_N)
         places = rows[:, None] * OUT_WIDTH + offs_n[None, :]
-        tl.store(workspace_ptr + places, acc, mask=(offs_m < PIXELS)[:, None] & (offs_n < OUT_WIDTH)[None, :])
+        tl.store(workspace_ptr + places, acc, mask=(offs_m < PIXELS)[:, None] & (offs_n < column_end)[None, :])
     else:
         _finish(
-            acc, sample, pid_m * BLOCK_M, pid_n * BLOCK_N, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
+            acc, sample, pid_m * BLOCK_M, first_column, column_end,
+            bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
             PIXELS, C_OUT, OUT_WIDTH, ACTIVATION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -201,6 +220,7 @@ def split_kernel(
     for split in tl.static_range(SPLIT):
         acc += tl.load(workspace_ptr + places + split * (PIXELS * OUT_WIDTH), mask=inside, other=0.0)
     _finish(
-        acc, sample, pid_m * BLOCK_M, pid_n * BLOCK_N, bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
+        acc, sample, pid_m * BLOCK_M, pid_n * BLOCK_N, OUT_WIDTH,
+        bias_ptr, residual_ptr, out_ptr, sums_ptr, out_index_ptr,
         PIXELS, C_OUT, OUT_WIDTH, ACTIVATION, BLOCK_M, BLOCK_N,
     )  # fmt: skip

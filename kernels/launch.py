@@ -78,6 +78,7 @@ def conv_tile(
     samples: int,
     c_in: int,
     c_out: int,
+    groups: int = 1,
     taps: int,
     in_gated: bool,
     out_gated: bool,
@@ -88,7 +89,8 @@ def conv_tile(
 ) -> ConvTile:
     """The tile for a convolution with these static shapes; never depends on a mask.
 
-    pixels: output pixels of a sample. wide: False where the weight cannot be gathered 16 bytes at a time.
+    pixels: output pixels of a sample. c_in, c_out: channels of one group.
+    wide: False where the weight cannot be gathered 16 bytes at a time.
     precision: "tf32" or "ieee", for operands of 4 bytes.
     """
     ieee = element_size == 4 and precision == "ieee"
@@ -101,14 +103,14 @@ def conv_tile(
 
     def nanoseconds(choice: tuple[tuple[int, int], int]) -> tuple[float, float, int]:
         (block_m, block_n), split = choice
-        programs = samples * -(-pixels // block_m) * -(-expected // block_n) * split
+        programs = samples * -(-pixels // block_m) * groups * -(-expected // block_n) * split
         step_bytes = (block_m + block_n) * block_k * element_size
         share = -(-steps // split)
         waves = -(-programs // (2 * chip.processors))
         traffic = programs * share * step_bytes / L2_RATE
         chain = waves * share * max(STEP_LATENCY, step_bytes / PROCESSOR_RATE)
         work = max(traffic, chain)
-        second = 0.0 if split == 1 else max(LAUNCH, 8 * samples * pixels * expected * split / L2_RATE)
+        second = 0.0 if split == 1 else max(LAUNCH, 8 * samples * pixels * groups * expected * split / L2_RATE)
         # Among those that one launch hides, the least work; among equals, the fewest programs.
         return max(LAUNCH, work) + second, work + second, -block_m * block_n
 
@@ -118,19 +120,27 @@ def conv_tile(
             block: warps for block, warps in SWAPPED_BLOCKS.items() if block[0] >= pixels
         }
     else:
-        blocks = _blocks(ieee, in_gated, out_gated, wide)
+        blocks = _blocks(ieee, in_gated, out_gated, wide, c_out if groups > 1 else None)
     (block_m, block_n), split = min(((block, split) for block in blocks for split in SPLITS), key=nanoseconds)
     stages = _stages((block_m + block_n) * block_k * element_size, in_gated, chip)
     return ConvTile(block_m, block_n, block_k, blocks[block_m, block_n], stages, swapped, split)
 
 
-def _blocks(ieee: bool, in_gated: bool, out_gated: bool, wide: bool) -> Mapping[tuple[int, int], int]:
-    """The blocks that hold no more than a thread's registers on every chip, and their warps."""
+def _blocks(
+    ieee: bool, in_gated: bool, out_gated: bool, wide: bool, group_width: int | None
+) -> Mapping[tuple[int, int], int]:
+    """The blocks that hold no more than a thread's registers on every chip, and their warps.
+
+    group_width: output channels of a group; None where there is only one.
+    """
     if ieee:
         return IEEE_BLOCKS
     if not wide:
         # Each element of the weight has an address of its own.
         return {block: warps for block, warps in CONV_BLOCKS.items() if block[0] == 64 and block[1] <= 64}
+    if group_width is not None and group_width <= 32:
+        # A block of 64 columns would move and multiply as many of another group, for nothing.
+        return {block: warps for block, warps in CONV_BLOCKS.items() if block[1] == 32}
     if not out_gated:
         # Where all channels run, narrow blocks only save registers that sm_100's assembler then uses badly; with two
         # dense sides the tallest spills on sm_80.

@@ -8,6 +8,7 @@ from .gated_affine import gated_affine
 from .gated_conv2d import gated_conv2d
 from .gated_conv2d_pooled import gated_conv2d_pooled
 from .gated_depthwise_conv2d import gated_depthwise_conv2d
+from .grouped_conv2d import grouped_conv2d
 
 __all__ = [
     "CHANNEL_BLOCK",
@@ -20,5 +21,6 @@ __all__ = [
     "gated_conv2d",
     "gated_conv2d_pooled",
     "gated_depthwise_conv2d",
+    "grouped_conv2d",
     "padded_channels",
 ]

@@ -25,6 +25,7 @@ from gate_cases import (
     masks_of,
     split_sums,
 )  # fmt: skip
+from grouped_cases import GroupedCase
 from kernel_cases import compact_tensor
 from parity import assert_parity, make_active, make_mask, masked
 from torch import Tensor
@@ -140,6 +141,21 @@ def check_conv(
         case.check_on_device(y, precision, WIDEST_TILE)
         for tensor, earlier in zip(case.tensors(), before, strict=True):
             assert torch.equal(tensor.nan_to_num(7.0), earlier.nan_to_num(7.0)), "an input was written to"
+
+
+def check_grouped(device: torch.device | str, channels: tuple[int, int, int], *, precision: str, **arguments) -> None:
+    """channels and arguments: of `GroupedCase`."""
+    with computing_in(precision) as dtype:
+        case = GroupedCase(channels, dtype=dtype, device=device, **arguments)
+        before = [tensor.clone() for tensor in case.tensors()]
+        y = ops.grouped_conv2d(**case.arguments)
+        assert all(map(torch.equal, case.tensors(), before)), "an input was written to"
+        own = []
+        if precision == "tf32":
+            rounded = copy.copy(case)
+            rounded.x, rounded.weight = truncated(case.x), truncated(case.weight)
+            own.append(rounded.dense(torch.float64).to(dtype))
+        case.check(y, *own)
 
 
 def assert_sums(y: Tensor, sums: Tensor, mask: Tensor | None) -> None:

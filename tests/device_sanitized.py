@@ -4,6 +4,7 @@ import torch
 from conv_cases import FORMS
 from device_operators import DeviceCase, forced_tile, moved
 from gate_cases import make_gate, make_heads
+from grouped_cases import GroupedCase
 from kernel_cases import compact_tensor
 from parity import make_active, make_mask
 
@@ -19,6 +20,9 @@ def main(device: str = "cuda") -> None:
             with forced_tile(split=4):
                 ops.gated_conv2d_pooled(**case.arguments)
             ops.gated_conv2d(**DeviceCase(device, form, "random", dtype, **{**shape, "size": (3, 3)}).arguments)
+    for shape in ({}, {"size": (3, 3)}):
+        case = GroupedCase((24, 4, 4), padding=1, dtype=torch.float16, device=device, **shape)
+        ops.grouped_conv2d(**case.arguments)
     mask = make_mask("ragged", 3, 72, 8)
     active = make_active(mask, 8)
     x = compact_tensor(torch.randn(3, 72, 9, 7).half(), active).to(device)

@@ -25,6 +25,7 @@ class Inputs:
         self.weight, self.bias = rand(C_OUT, C_IN, 3, 3), rand(C_OUT)
         self.residual = rand(samples, C_OUT, 6, 5)
         self.depthwise = rand(C_IN, 1, 3, 3)
+        self.grouped = rand(C_OUT, C_IN // G, 3, 3)
         self.scale = rand(C_IN)
         self.pooled, self.w1, self.b1 = rand(samples, C_IN), rand(8, C_IN), rand(8)
         self.heads = [(rand(5, 8), rand(5), C_OUT, G), (rand(C_IN, 8), rand(C_IN), C_IN, 1)]
@@ -46,6 +47,7 @@ CALLS = {
     ),
     "pooled-compact": lambda i: ops.gated_conv2d_pooled(i.x, i.weight, out_active=i.out_active, padding=5),
     "depthwise": lambda i: ops.gated_depthwise_conv2d(i.compact, i.depthwise, i.scale, active=i.active, padding=1),
+    "grouped": lambda i: ops.grouped_conv2d(i.x, i.grouped, i.bias, groups=G, padding=(0, 1, 2, 1), activation="relu"),
     "affine": lambda i: ops.gated_affine(i.compact, i.scale, i.scale, active=i.active, activation="relu"),
     "gate_head": lambda i: ops.gate_head(i.pooled, i.w1, i.b1, i.heads, threshold=0.4),
     "gate_head-sums": lambda i: ops.gate_head(i.sums, i.w1, i.b1, i.heads, in_active=i.active, pixels=100),

@@ -61,6 +61,21 @@ def test_every_tile_fits_and_is_known(chip, element_size, precision):
 
 
 @pytest.mark.parametrize("element_size, precision", PRECISIONS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_tiles_of_groups(chip, element_size, precision):
+    for pixels, samples, width, groups in itertools.product((12, 49, 3136), (1, 32), (24, 32, 40, 64, 256), (1, 2, 32)):
+        shapes = {"pixels": pixels, "samples": samples, "c_in": width, "c_out": width, "groups": groups, "taps": 9}
+        ways = {"element_size": element_size, "precision": precision, "chip": CHIPS[chip]}
+        tile = conv_tile(**shapes, in_gated=False, out_gated=False, **ways)
+        if groups > 1 and not tile.swapped:
+            assert tile.block_m < 256
+            assert tile.block_n == 32 if width <= 32 else tile.block_n < 2 * width
+    many, one = ({**shapes, **ways, "pixels": 49, "samples": 1, "groups": groups} for groups in (64, 1))
+    splits = [conv_tile(**each, in_gated=False, out_gated=False).split for each in (many, one)]
+    assert splits[0] == 1 < splits[1]
+
+
+@pytest.mark.parametrize("element_size, precision", PRECISIONS)
 def test_small_maps_are_swapped_and_tiles_fit_the_rows_of_sums(element_size, precision):
     for shapes, tile in all_tiles(H100, element_size, precision):
         assert tile.swapped == (shapes["pixels"] <= 32 and precision != "ieee")

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from acs_triton import cpu, ops
+from acs_triton import cpu, dispatch, ops
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -96,7 +96,7 @@ def test_devices_without_a_sparse_path_say_so(device, values, monkeypatch):
         with pytest.raises(
             RuntimeError, match=rf"no sparse path for {device} tensors.* use hard mode \(eval_mode='hard'"
         ):
-            ops.implementation(torch.device(device))
+            dispatch.implementation(torch.device(device))
 
 
 @pytest.mark.parametrize("device, value, name", [
@@ -106,7 +106,7 @@ def test_devices_without_a_sparse_path_say_so(device, values, monkeypatch):
 def test_what_runs_on_a_device(device, value, name, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("ACS_TRITON_BACKEND", value)
-    assert ops.implementation(torch.device(device)).__name__ == f"acs_triton.{name}"
+    assert dispatch.implementation(torch.device(device)).__name__ == f"acs_triton.{name}"
 
 
 @pytest.mark.parametrize("device, value", [("cuda", ""), ("cpu", "triton")])
@@ -117,7 +117,7 @@ def test_without_triton_the_error_names_hard_mode(device, value, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     message = rf"runs {device} tensors with Triton, which cannot be imported .*use hard mode \(eval_mode='hard'\)"
     with pytest.raises(RuntimeError, match=message):
-        ops.implementation(torch.device(device))
+        dispatch.implementation(torch.device(device))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -137,26 +137,26 @@ def test_every_device_reaches_the_choice_of_implementation(name, monkeypatch):
 
 def test_run_direct():
     x = torch.zeros(1)
-    assert ops.run_direct(x)
-    assert ops.run_direct(torch.nn.Parameter(x))
-    assert not ops.run_direct(x.to("meta"))
+    assert dispatch.run_direct(x)
+    assert dispatch.run_direct(torch.nn.Parameter(x))
+    assert not dispatch.run_direct(x.to("meta"))
     with Recorder():
-        assert not ops.run_direct(x)
+        assert not dispatch.run_direct(x)
     with torch.overrides.BaseTorchFunctionMode():
-        assert not ops.run_direct(x)
+        assert not dispatch.run_direct(x)
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
-    assert not ops.run_direct(fake)
+    assert not dispatch.run_direct(fake)
     seen = []
 
     def note(tensor):
-        seen.append(ops.run_direct(tensor))
+        seen.append(dispatch.run_direct(tensor))
         return tensor * 1
 
     torch.func.vmap(note)(x)
     torch.jit.trace(note, x, check_trace=False)
     assert seen == [False, False]
-    assert torch.compile(lambda t: t + ops.run_direct(t), backend="eager", fullgraph=True)(x).item() == 0
+    assert torch.compile(lambda t: t + dispatch.run_direct(t), backend="eager", fullgraph=True)(x).item() == 0
 
 
 def test_backend(monkeypatch):
@@ -165,12 +165,13 @@ def test_backend(monkeypatch):
             monkeypatch.delenv("ACS_TRITON_BACKEND", raising=False)
         else:
             monkeypatch.setenv("ACS_TRITON_BACKEND", value)
-        assert ops.backend() == expected
+        assert dispatch.backend() == expected
 
 
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("name", [
     "dense-dense", "dense-compact", "compact-dense", "compact-compact", "pooled", "pooled-compact", "depthwise",
+    "grouped",
 ])  # fmt: skip
 def test_autocast_follows_conv2d(name, registered):
     half = CALLS[name](Inputs(dtype=torch.bfloat16))
@@ -217,6 +218,7 @@ def test_flops_are_twice_the_active_multiply_accumulates():
         "pooled": sum(a * C_OUT for a in ins) * pixels * taps,
         "pooled-compact": sum(C_IN * b for b in outs) * 14 * 13 * taps,
         "depthwise": sum(ins) * pixels * taps,
+        "grouped": 3 * C_OUT * (C_IN // G) * 7 * 4 * taps,
         "affine": sum(ins) * pixels,
         "gate_head": 3 * 8 * (C_IN + 5 + C_IN),
         "gate_head-sums": 8 * (sum(ins) + 3 * (5 + C_IN)),

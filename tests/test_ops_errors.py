@@ -10,6 +10,7 @@ from acs_triton import ops
 @pytest.mark.parametrize("name, attribute", [
     ("dense-dense", "x"), ("dense-dense", "weight"), ("dense-dense", "bias"), ("dense-dense", "residual"),
     ("depthwise", "depthwise"), ("affine", "scale"), ("gate_head", "pooled"), ("gate_head", "w1"),
+    ("grouped", "x"), ("grouped", "grouped"),
     ("pooled", "compact"), ("pooled", "residual"), ("gate_head-sums", "sums"), ("conv_gate_head", "hidden"),
 ])  # fmt: skip
 def test_inference_only(name, attribute):
@@ -53,6 +54,14 @@ def changed(**changes):
     ("gate_head", {"heads": lambda h: [(*h[0][:2], 40, 0)]}, ValueError, r"\[channels / granularity, 8\]"),
     ("gate_head", {"pooled": lambda t: t[0]}, ValueError, r"expected pooled \[N, C_in\]"),
     ("depthwise", {"depthwise": lambda t: t.expand(-1, 2, -1, -1)}, ValueError, r"weight must be \[C, 1, kh, kw\]"),
+    ("grouped", {"grouped": lambda t: t[:-1]}, ValueError, "groups must be positive and divide C_out = 39, got 8"),
+    ("grouped", {"grouped": lambda t: t[:, :-1]}, ValueError, r"weight \(40, 2, 3, 3\) reads 8 \* 2 channels"),
+    ("grouped", {"x": lambda t: t[:, :-1]}, ValueError, r"reads 8 \* 3 channels, x has 23; groups must divide both"),
+    ("grouped", {"x": lambda t: t[0]}, ValueError, r"grouped_conv2d: x must be dense \[N, 24, H, W\], got shape"),
+    ("grouped", {"grouped": lambda t: t[0]}, ValueError, r"weight must be \[C_out, C_in / groups, kh, kw\], got shape"),
+    ("grouped", {"bias": lambda t: t[:-1]}, ValueError, r"grouped_conv2d: bias must have shape \(40,\)"),
+    ("grouped", {"grouped": lambda t: t.double()}, TypeError, "grouped_conv2d: weight must have the floating dtype"),
+    ("grouped", {"grouped": lambda t: torch.zeros(40, 3, 9, 9)}, ValueError, r"kernel \(9, 9\) does not fit"),
     ("affine", {"scale": lambda t: t.double()}, TypeError, "scale must be .* got torch.float64"),
     ("affine", {"compact": lambda t: t.long()}, TypeError, "x must be floating point, got torch.int64"),
     ("gate_head", {"pooled": lambda t: t[:, :-1]}, ValueError, r"pooled must be \[N, 24\]"),
@@ -89,6 +98,17 @@ def test_errors_of_geometry(arguments, message):
     inputs = Inputs()
     with pytest.raises(ValueError, match=message):
         ops.gated_conv2d(inputs.x, inputs.weight, **arguments)
+    with pytest.raises(ValueError, match=f"grouped_conv2d: .*{message}"):
+        ops.grouped_conv2d(inputs.x, inputs.grouped, **{"groups": 8, **arguments})
+
+
+@pytest.mark.parametrize("groups", [0, -8])
+def test_errors_of_groups(groups):
+    inputs = Inputs()
+    with pytest.raises(
+        ValueError, match=f"grouped_conv2d: groups must be positive and divide C_out = 40, got {groups}"
+    ):
+        ops.grouped_conv2d(inputs.x, inputs.grouped, groups=groups)
 
 
 def test_a_mean_over_no_pixels_is_refused():

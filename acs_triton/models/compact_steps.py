@@ -81,6 +81,8 @@ class Convolution:
         if self.on_kernels and self.gated:
             kernels = backend.implementation
             self.weight = backend.keep(kernels.pack_conv(backend.cast(weight), in_gated=in_gated, out_gated=out_gated))
+        elif self.on_kernels and grouped is not None:
+            self.weight = backend.keep(backend.implementation.pack_grouped(backend.cast(weight), grouped.groups))
         elif self.on_kernels:
             self.weight = backend.keep(backend.cast(weight).contiguous(memory_format=torch.channels_last))
         else:
@@ -103,7 +105,8 @@ class Convolution:
         """With another bias and activation."""
         weight, end = self.weight, (self.geometry, activation)
         if self.from_result is not None:
-            return regroup.grouped(x, weight, bias, None, None, self.from_result, self.groups, *end)
+            run = regroup.grouped_on_kernels if self.on_kernels else regroup.grouped
+            return run(x, weight, bias, None, None, self.from_result, self.groups, *end)
         if not self.on_kernels:
             return sparse.conv(x, weight, bias, in_active, out_active, None, *end)
         if not self.gated:

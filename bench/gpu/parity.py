@@ -29,7 +29,8 @@ MOST_PROCESSES = 14
 MESSAGE = 600
 """Characters of a failure that are kept."""
 OPERATORS = {
-    "test_gated_conv2d": "gated_conv2d", "test_conv_tiles": "gated_conv2d", "test_gated_affine": "gated_affine",
+    "test_gated_conv2d": "gated_conv2d", "test_conv_tiles": "gated_conv2d",
+    "test_grouped_conv2d": "grouped_conv2d", "test_gated_affine": "gated_affine",
     "test_gated_depthwise_conv2d": "gated_depthwise_conv2d", "test_gate_head": "gates", "test_networks": "networks",
     "test_cuda_graph": "networks", "test_compile": "networks",
 }  # fmt: skip

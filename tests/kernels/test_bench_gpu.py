@@ -239,6 +239,7 @@ def test_outcomes_of_pytest_are_read(tmp_path):
 def test_what_a_test_speaks_for():
     told = {
         "tests/gpu/test_gated_conv2d.py::test_masks[dense-dense-fp16]": "gated_conv2d",
+        "tests/gpu/test_grouped_conv2d.py::test_maps[size0-fp16]": "grouped_conv2d",
         "tests/gpu/test_real_layers.py::test_convolutions[x]": "gated_conv2d",
         "tests/gpu/test_real_layers.py::test_depthwise[96-112]": "gated_depthwise_conv2d",
         "tests/gpu/test_device.py::test_more_than_2_31_elements_column_by_column[depthwise]": "gated_depthwise_conv2d",

@@ -19,6 +19,7 @@ from device_operators import (
     check_conv_gate_head,
     check_depthwise,
     check_gate_head,
+    check_grouped,
     computing_in,
     forced_tile,
 )
@@ -33,6 +34,11 @@ SHAPE = {"samples": 2, "c_in": 24, "c_out": 72, "size": (4, 3), "padding": 1, "g
 @pytest.mark.parametrize("form", FORMS)
 def test_convolution(form, precision):
     check_conv("cpu", form, precision=precision, pooled=form.endswith("-dense"), **SHAPE)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32", "fp32"])
+def test_groups(precision):
+    check_grouped("cpu", (9, 4, 8), precision=precision, size=(4, 3), padding=1)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -71,6 +77,13 @@ def test_a_wrong_result_is_seen(monkeypatch):
         monkeypatch.setattr(device_operators.ops, "gated_conv2d", wrong)
         with pytest.raises(AssertionError, match="error" if position == 0 else "not zero between"):
             check_conv("cpu", "dense-compact", precision="fp16", **{**SHAPE, "c_out": 48})
+
+
+def test_a_wrong_group_is_seen(monkeypatch):
+    right = device_operators.ops.grouped_conv2d
+    monkeypatch.setattr(device_operators.ops, "grouped_conv2d", lambda **arguments: right(**arguments).roll(1, dims=1))
+    with pytest.raises(AssertionError, match="error"):
+        check_grouped("cpu", (2, 4, 4), precision="fp16", size=(4, 3))
 
 
 @pytest.mark.parametrize("gate", ["acs", "gap"])

@@ -45,6 +45,7 @@ PACKED = {
     "depthwise": lambda i: packed.depthwise(
         i.compact, kernels.pack_depthwise(i.depthwise), i.scale, i.active, ONE, "silu"
     ),
+    "grouped": lambda i: packed.grouped_conv(i.x, kernels.pack_grouped(i.grouped, G), i.bias, G, ONE, "relu"),
     "gate": lambda i: packed.pooled_gate(
         Decisions(), i.x, None, None, kernels.pack_reduce(i.w1), i.b1, *gate_weights(i.heads)
     ),
@@ -53,7 +54,7 @@ PACKED = {
     ),
 }
 """Each is one registered operator."""
-FAST = ["conv-both", "pooled", "depthwise", "gate-compact"]
+FAST = ["conv-both", "pooled", "depthwise", "grouped", "gate-compact"]
 SLOW = [name for name in PACKED if name not in FAST]
 
 
@@ -119,8 +120,8 @@ def test_opcheck_of_a_convolutional_gate():
 
 def test_a_packed_result_has_the_dtype_of_the_weight():
     i = Inputs()
-    i.weight, i.bias, i.residual = i.weight.half(), i.bias.half(), i.residual.half()
-    for name in ("conv-in", "conv-both", "pooled-out"):
+    i.weight, i.grouped, i.bias, i.residual = (t.half() for t in (i.weight, i.grouped, i.bias, i.residual))
+    for name in ("conv-in", "conv-both", "pooled-out", "grouped"):
         result, operator, args, kwargs = recorded(PACKED[name], i)
         assert tensors_of(result)[0].dtype == torch.float16
         torch.library.opcheck(operator, args, kwargs, test_utils="test_faketensor")
@@ -141,12 +142,13 @@ def test_a_residual_that_broadcasts_or_promotes_is_added_after(function):
             )
 
 
-def test_flops_of_packed_operators_are_the_worst_case():
+def test_flops_of_packed_operators_count_no_padding_and_no_mask():
     pixels = 30
     expected = {
         **dict.fromkeys(("conv", "conv-out", "conv-in", "conv-both"), 3 * C_IN * C_OUT * 9 * pixels),
         **dict.fromkeys(("pooled", "pooled-out"), 3 * C_IN * C_OUT * 9 * pixels),
         "depthwise": 3 * 64 * 9 * pixels,
+        "grouped": 3 * C_OUT * (C_IN // G) * 9 * pixels,
         "gate": 3 * 8 * (C_IN + 5 + C_IN),
         "gate-compact": 3 * 8 * (C_IN + 5 + C_IN),
     }
