@@ -70,7 +70,8 @@ def test_tiles_of_groups(chip, element_size, precision):
         if groups > 1 and not tile.swapped:
             assert tile.block_m < 256
             assert tile.block_n == 32 if width <= 32 else tile.block_n < 2 * width
-    many, one = ({**shapes, **ways, "pixels": 49, "samples": 1, "groups": groups} for groups in (64, 1))
+    deep = {**shapes, **ways, "pixels": 49, "samples": 1, "c_in": 1024}
+    many, one = ({**deep, "groups": groups} for groups in (64, 1))
     splits = [conv_tile(**each, in_gated=False, out_gated=False).split for each in (many, one)]
     assert splits[0] == 1 < splits[1]
 
