@@ -67,9 +67,7 @@ def gated_conv2d(
             kept_bias = None
         else:
             kept = _columns(_rows(weight, out_active, n, n_out), in_active, n, n_in)
-            # A weight that is not gathered comes from a lowered graph (tight), and will come again.
-            keep = tight and n_in == c_in and n_out == c_out
-            return _convolve(part, kept, kept_bias, stride, padding, dilation, 1, added, activation, keep)
+            return _convolve(part, kept, kept_bias, stride, padding, dilation, 1, added, activation)
         y = y if kept_bias is None else y.add_(kept_bias[:, None, None])
         return activate_(y if added is None else y.add_(added), activation)
 
@@ -270,7 +268,6 @@ def _convolve(
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str = "none",
-    keep: bool = False,
 ) -> Tensor:
     channels = weight.shape[1] * groups
     if x.shape[1] != channels:
@@ -280,7 +277,7 @@ def _convolve(
         x = F.pad(x, (left, right, top, bottom))
         left = top = 0
     stride, dilation = pair(stride), pair(dilation)
-    return onednn.convolve(x, weight, bias, stride, (top, left), dilation, groups, residual, activation, keep)
+    return onednn.convolve(x, weight, bias, stride, (top, left), dilation, groups, residual, activation)
 
 
 def _is_matrix_product(weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import groups, onednn, sparse
+from . import sparse
 from .fold import (
     Folded,
     activation_name,
@@ -53,6 +53,7 @@ class Emitter:
         self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans)
 
     def build(self) -> None:
+        self._order = {node: position for position, node in enumerate(self.program.graph.nodes)}
         self._in_groups = {name for name in self._producers.values() if self._runs_in_groups(name)}
         for node in self.program.graph.nodes:
             self._emit(node)
@@ -63,8 +64,6 @@ class Emitter:
         producer, last = self.program.plan.producer[name], self.program.plan.last(name)
         fused = next(fused for node, fused in self._fusion.fused_at.values() if node is producer)
         if self._fusion.skip_identity(last) is not fused.last or self._fusion.is_masked(producer.args[0]):
-            return False
-        if self.model.report.gated[name].granularity < groups.SMALLEST_GROUP:
             return False
         masked = next(node for node in last.users if node.target == "mask_features")
         return all(reader in self._fusion.conv_nodes and reader not in self._producers for reader in masked.users)
@@ -120,15 +119,26 @@ class Emitter:
         residual: fx.Node | None,
     ) -> fx.Node:
         folded = fused.folded
-        masked, name = self._fusion.skip_identity(conv_node.args[0]), self._producers.get(conv_node)
-        x, end = self._value(masked), (geometry_of(folded), fused.activation)
+        name = self._producers.get(conv_node)
+        x, end = self._value(conv_node.args[0]), (geometry_of(folded), fused.activation)
         weight = self._packed(_storage(folded.weight, in_active is not None, out_active is not None))
         bias = self._packed_or_none(folded.bias)
+        options = {}
         if name is not None and name in self._in_groups:
-            return self.graph.call_function(sparse.produce_groups, (x, weight, bias, out_active, *end))
-        if in_active is not None and str(masked.args[3]) in self._in_groups:
-            return self.graph.call_function(sparse.consume_groups, (x, weight, bias, in_active, residual, *end))
-        return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end))
+            options["in_runs"] = True
+        if in_active is not None and residual is not None and self._is_last_read(fused):
+            options["overwrite"] = True
+        return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end), options)
+
+    def _is_last_read(self, fused: Fused) -> bool:
+        """Whether a residual is a convolution's own result that only convolutions and gates read, all of them before."""
+        residual = self._fusion.skip_identity(fused.residual)
+        if not any(other.last is residual for _, other in self._fusion.fused_at.values()):
+            return False
+        runs_at = {conv: self._order[at] for at, (conv, _) in self._fusion.fused_at.items()}
+        adds = [reader for reader in residual.users if reader not in runs_at and not self._is_gate(reader)]
+        before = all(runs_at.get(reader, 0) < self._order[fused.last] for reader in residual.users)
+        return before and len(adds) == 1 and adds[0] in self._fusion.swallowed
 
     def _depthwise(self, conv_node: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
         x, end = self._value(conv_node.args[0]), (geometry_of(folded), activation)
@@ -143,11 +153,8 @@ class Emitter:
         """A grouped convolution outside of every span: dense."""
         weight, bias = self._packed(folded.weight), self._packed_or_none(folded.bias)
         x = self._value(source)
-        arguments = (x, weight, bias, folded.stride, folded.padding, folded.dilation, folded.groups)
-        result = self.graph.call_function(F.conv2d, arguments)
-        if activation == "none":
-            return result
-        return self.graph.call_function(onednn.activate_, (result, activation))
+        arguments = (x, weight, bias, geometry_of(folded), folded.groups, activation)
+        return self.graph.call_function(sparse.grouped, arguments)
 
     def _emit_on_compact(self, node: fx.Node) -> None:
         """An operation inside a span that no convolution swallowed."""
@@ -162,10 +169,11 @@ class Emitter:
             if activations is None:
                 for name, child in module.named_children():
                     if not is_identity(child):
-                        value = self.graph.call_module(f"{node.target}.{name}", (value,))
+                        called = self.graph.get_attr(f"{node.target}.{name}")
+                        value = self.graph.call_function(sparse.each_module, (called, value))
                         value = self._cleared(value, decision, len(affine.scale))
         else:
-            value = self.graph.node_copy(node, self._value)
+            value = self._each(node)
             name = self._span_of_body[node]
             if activation_name(node, module) is None and _moves_zero(node, module):
                 value = self._cleared(value, decision, self.model.report.gated[name].channels)
@@ -175,7 +183,18 @@ class Emitter:
         """Zeros again in the columns that the contract wants zero, after an activation with f(0) != 0."""
         like = next(self.model.parameters())
         ones = torch.ones(channels, dtype=like.dtype, device=like.device)
-        return self._affine(value, ones, torch.zeros_like(ones), decision, "none")
+        arguments = (value, self._packed(ones), self._packed(torch.zeros_like(ones)), decision)
+        return self.graph.call_function(sparse.cleared, arguments)
+
+    def _each(self, node: fx.Node) -> fx.Node:
+        """An operation that acts on each sample and channel by itself, on a compact value."""
+        args, kwargs = fx.map_arg(node.args, self._value), fx.map_arg(node.kwargs, self._value)
+        if node.op == "call_module":
+            called = self.graph.get_attr(str(node.target))
+            return self.graph.call_function(sparse.each_module, (called, *args), kwargs)
+        if node.op == "call_method":
+            return self.graph.call_function(sparse.each_method, (node.target, *args), kwargs)
+        return self.graph.call_function(sparse.each(cast(Callable[..., Tensor], node.target)), args, kwargs)
 
     def _emit_gate(self, node: fx.Node) -> None:
         gate = self._fusion.module(node)

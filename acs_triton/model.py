@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from . import cost, lower, sparse
 from .adopt import AdoptedModule
 from .config import ACSConfig
 from .cuda_graph import GraphedModel
+from .decision import Active
 from .inputs import check_input, refuse_clashes
 from .override import GivenMasks, MaskSource, RandomMasks
 from .program import Programs, build_gates, build_programs
@@ -145,6 +147,14 @@ class ACSModel(AdoptedModule):
             active = sparse.compact(forced, known.channels, known.granularity)
         self._record(span, active)
         return active
+
+    def decide_on_host(self, span: str, keep: np.ndarray, granularity: int) -> Active:
+        """`decide` for bool [N, groups] in the memory of the host."""
+        forced = self._caches.forced.get(span)
+        if forced is not None:
+            keep = forced.numpy()
+        self._record(span, torch.from_numpy(keep))
+        return Active(keep, granularity)
 
     def _forward_sparse(self, batch: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.training:

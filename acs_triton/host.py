@@ -1,0 +1,342 @@
+"""Gated convolutions on a CPU where the host knows the decision: each in the way that is fastest for its masks.
+
+Between the producer and the consumers of a span there are `Parts`: for each stretch of samples with equal masks
+its active channels, in one compact tensor or in the runs of groups that were computed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import onednn, ways
+from .conv_weights import ConvWeights, Lent
+from .decision import Active, Stretch, aligned_runs
+
+# A run of fewer channels does not fill a vector register of 16 floats.
+_SMALLEST_GROUP = 16
+# Neighbouring groups share a call in aligned runs of up to this many; each length is packed separately,
+# and with eight groups a layer an all-one mask is one call.
+_LONGEST_RUN = 8
+
+
+class Runs(NamedTuple):
+    """The active channels of a stretch, in pieces [number, channels, H, W]; groups: (first, number) of each."""
+
+    pieces: list[Tensor]
+    groups: list[tuple[int, int]]
+
+
+Part = Tensor | Runs
+
+
+class Parts:
+    """A compact value: one part for each stretch of the decision."""
+
+    __slots__ = ("active", "parts")
+
+    def __init__(self, active: Active, parts: list[Part]) -> None:
+        self.active, self.parts = active, parts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._piece.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._piece.device
+
+    @property
+    def samples(self) -> int:
+        return int(self.active.keep.shape[0])
+
+    @property
+    def size(self) -> torch.Size:
+        """Height and width."""
+        return self._piece.shape[2:]
+
+    @property
+    def _piece(self) -> Tensor:
+        part = self.parts[0]
+        return part if isinstance(part, Tensor) else part.pieces[0]
+
+    def each(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Parts:
+        """`function`, which acts on each sample and channel by itself, on every part."""
+        done: list[Part] = []
+        for part in self.parts:
+            if isinstance(part, Tensor):
+                done.append(function(part, *args, **kwargs))
+            else:
+                done.append(Runs([function(piece, *args, **kwargs) for piece in part.pieces], part.groups))
+        return Parts(self.active, done)
+
+
+def dense(x: Tensor, weights: ConvWeights, residual: Tensor | None, activation: str) -> Tensor:
+    """activation(conv2d(x) + bias + residual)."""
+    packed = weights.whole((x.shape[0], x.shape[2], x.shape[3]))
+    return onednn.run(x, packed, weights.bias, weights.geometry, residual, activation)
+
+
+def produce(x: Tensor, weights: ConvWeights, out: Active, activation: str, in_runs: bool) -> Parts:
+    """The active channels of activation(conv2d(x) + bias). in_runs: the reader of the result takes runs."""
+    parts: list[Part] = []
+    for stretch in out.stretches:
+        some = x if len(out.stretches) == 1 else x.narrow(0, stretch.first, stretch.number)
+        part = _produced(some, weights, stretch, activation)
+        parts.append(part if in_runs or isinstance(part, Tensor) else _joined(part))
+    return Parts(out, parts)
+
+
+def _produced(x: Tensor, weights: ConvWeights, stretch: Stretch, activation: str) -> Part:
+    size = (x.shape[0], x.shape[2], x.shape[3])
+    way = _way(weights, size, None, stretch)
+    if way == "groups":
+        return _in_runs(x, weights, stretch, activation)
+    if way == "gather":
+        return _gathered(x, weights, None, stretch, None, activation)
+    whole = onednn.run(x, weights.whole(size), weights.bias, weights.geometry, None, activation)
+    return whole if len(stretch.groups) == stretch.total else _active_of(whole, stretch)
+
+
+def _in_runs(x: Tensor, weights: ConvWeights, stretch: Stretch, activation: str) -> Runs:
+    size, granularity = (x.shape[0], x.shape[2], x.shape[3]), stretch.granularity
+    runs = aligned_runs(tuple(stretch.groups), _LONGEST_RUN)
+    pieces = []
+    for first, number in runs:
+        packed = weights.part(size, 0, first * granularity, number * granularity)
+        bias = None if weights.bias is None else weights.bias.narrow(0, first * granularity, number * granularity)
+        pieces.append(onednn.run(x, packed, bias, weights.geometry, None, activation))
+    return Runs(pieces, runs)
+
+
+def transform(x: Parts, weights: ConvWeights, out: Active, activation: str) -> Parts:
+    """`produce` from active channels."""
+    if len(x.parts) == 1 and len(out.stretches) == 1:
+        return Parts(out, [_transformed(x.parts[0], weights, x.active.stretches[0], out.stretches[0], activation)])
+    parts: list[Part] = []
+    for stretch in out.stretches:
+        pieces = []
+        for part, into in zip(x.parts, x.active.stretches, strict=True):
+            first = max(stretch.first, into.first)
+            number = min(stretch.first + stretch.number, into.first + into.number) - first
+            if number > 0:
+                some = _compact(part, into).narrow(0, first - into.first, number)
+                pieces.append(_transformed(some, weights, into, stretch, activation))
+        parts.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+    return Parts(out, parts)
+
+
+def _transformed(part: Part, weights: ConvWeights, into: Stretch, out: Stretch, activation: str) -> Tensor:
+    x = _compact(part, into)
+    if len(into.groups) == into.total:
+        produced = _produced(x, weights, out, activation)
+        return produced if isinstance(produced, Tensor) else _joined(produced)
+    if len(out.groups) == out.total:
+        return _consumed(x, weights, into, None, activation)
+    size = (x.shape[0], x.shape[2], x.shape[3])
+    if _way(weights, size, into, out) == "gather":
+        return _gathered(x, weights, into, out, None, activation)
+    whole = onednn.run(_whole_of(x, into), weights.whole(size), weights.bias, weights.geometry, None, activation)
+    return _active_of(whole, out)
+
+
+def consume(
+    x: Parts, weights: ConvWeights, residual: Tensor | None, activation: str, overwrite: bool = False
+) -> Tensor:
+    """activation(conv2d(x) + bias + residual), dense. overwrite: nobody reads the residual later."""
+    stretches = x.active.stretches
+    if len(stretches) == 1:
+        return _consumed(x.parts[0], weights, stretches[0], residual, activation, overwrite)
+    if residual is not None and onednn.accumulates(activation):
+        # Where several results become one tensor, adding into slices of the residual saves a copy.
+        overwrite = overwrite and residual.is_contiguous(memory_format=torch.channels_last)
+        result = residual if overwrite else residual.clone(memory_format=torch.channels_last)
+        for part, stretch in zip(x.parts, stretches, strict=True):
+            some = result.narrow(0, stretch.first, stretch.number)
+            _consumed(part, weights, stretch, some, activation, overwrite=True)
+        return result
+    done = []
+    for part, stretch in zip(x.parts, stretches, strict=True):
+        some = None if residual is None else residual.narrow(0, stretch.first, stretch.number)
+        done.append(_consumed(part, weights, stretch, some, activation))
+    return torch.cat(done)
+
+
+def _consumed(
+    part: Part,
+    weights: ConvWeights,
+    stretch: Stretch,
+    residual: Tensor | None,
+    activation: str,
+    overwrite: bool = False,
+) -> Tensor:
+    piece = part if isinstance(part, Tensor) else part.pieces[0]
+    size = (piece.shape[0], piece.shape[2], piece.shape[3])
+    overwrite = overwrite and onednn.accumulates(activation)
+    way = _way(weights, size, stretch, None)
+    if isinstance(part, Runs) or way == "groups":
+        runs = part if isinstance(part, Runs) else _split(part, stretch)
+        return _accumulated(runs, weights, stretch, residual, activation, overwrite)
+    if way == "gather":
+        return _gathered(part, weights, stretch, None, residual, activation, overwrite)
+    x = _whole_of(part, stretch)
+    if overwrite and residual is not None:
+        return onednn.accumulate_(residual, x, weights.whole(size), weights.bias, weights.geometry, activation)
+    return onednn.run(x, weights.whole(size), weights.bias, weights.geometry, residual, activation)
+
+
+def _accumulated(
+    runs: Runs, weights: ConvWeights, stretch: Stretch, residual: Tensor | None, activation: str, overwrite: bool
+) -> Tensor:
+    last = len(runs.pieces) - 1
+    result = residual if overwrite else None
+    bias = weights.bias
+    for position, (piece, (first, number)) in enumerate(zip(*runs, strict=True)):
+        size = (piece.shape[0], piece.shape[2], piece.shape[3])
+        packed = weights.part(size, 1, first * stretch.granularity, number * stretch.granularity)
+        name = activation if position == last else "none"
+        if result is None:
+            result = onednn.run(piece, packed, bias, weights.geometry, residual, name)
+        else:
+            result = onednn.accumulate_(result, piece, packed, bias, weights.geometry, name)
+        bias = None
+    assert result is not None  # one run at least
+    return result
+
+
+def _gathered(
+    x: Tensor,
+    weights: ConvWeights,
+    into: Stretch | None,
+    out: Stretch | None,
+    residual: Tensor | None,
+    activation: str,
+    overwrite: bool = False,
+) -> Tensor:
+    found = weights.gathered((x.shape[0], x.shape[2], x.shape[3]), into, out)
+    weight = found.buffer.packed if isinstance(found, Lent) else found
+    bias = weights.bias if out is None else weights.gathered_bias(out)
+    geometry = (*weights.geometry[:3], x.shape[1]) if weights.depthwise else weights.geometry
+    if overwrite and residual is not None:
+        y = onednn.accumulate_(residual, x, weight, bias, geometry, activation)
+    else:
+        y = onednn.run(x, weight, bias, geometry, residual, activation)
+    if isinstance(found, Lent):
+        found.give_back()
+    return y
+
+
+def depthwise(x: Parts, weights: ConvWeights, activation: str) -> Parts:
+    """activation(depthwise conv2d(x) + bias) on active channels."""
+    done: list[Part] = []
+    for part, stretch in zip(x.parts, x.active.stretches, strict=True):
+        compact = _compact(part, stretch)
+        if len(stretch.groups) == stretch.total:
+            done.append(dense(compact, weights, None, activation))
+        else:
+            done.append(_gathered(compact, weights, None, stretch, None, activation))
+    return Parts(x.active, done)
+
+
+def _way(weights: ConvWeights, size: tuple[int, int, int], into: Stretch | None, out: Stretch | None) -> str:
+    """The way to run; where everything is active, "dense" is just the convolution."""
+    sides = [side for side in (into, out) if side is not None]
+    if all(len(side.groups) == side.total for side in sides):
+        return "dense"
+    if any(not side.groups for side in sides):
+        return "gather"
+    runs = None
+    if len(sides) == 1 and sides[0].padded is sides[0].groups and sides[0].granularity >= _SMALLEST_GROUP:
+        # Accumulated in another dtype, each run would round.
+        if out is not None or weights.dtype == torch.float32:
+            side = sides[0]
+            runs = tuple(n * side.granularity for _, n in aligned_runs(tuple(side.groups), _LONGEST_RUN))
+    way = ways.forced()
+    if way is None:
+        height, width = weights.result_size(size[1], size[2])
+        way = ways.fastest(
+            ways.Work(
+                weights.c_in,
+                weights.c_out,
+                weights.c_in if into is None else into.width,
+                weights.c_out if out is None else out.width,
+                weights.taps,
+                size[0] * size[1] * size[2],
+                size[0] * height * width,
+                weights.weight.itemsize,
+                runs,
+            )
+        )
+    if (way == "groups" and runs is None) or (way == "dense" and into is not None and not weights.finite):
+        # Zero times a weight that is not finite would show.
+        return "gather"
+    return way
+
+
+def _active_of(whole: Tensor, stretch: Stretch) -> Tensor:
+    """The active channels of a dense tensor, in a compact one."""
+    samples, channels, height, width = whole.shape
+    # Where the compact form is wider than the active channels, whatever stands there meets zero weights.
+    filled = stretch.groups + stretch.groups[:1] * (len(stretch.padded) - len(stretch.groups))
+    pixels = whole.permute(0, 2, 3, 1).reshape(-1, stretch.total, stretch.granularity)
+    kept = pixels.index_select(1, torch.tensor(filled))
+    return kept.view(samples, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _whole_of(compact: Tensor, stretch: Stretch) -> Tensor:
+    """A dense tensor with zeros in the other channels."""
+    if len(stretch.groups) == stretch.total:
+        return compact
+    samples, channels, height, width = compact.shape
+    pixels = compact.permute(0, 2, 3, 1).reshape(-1, channels // stretch.granularity, stretch.granularity)
+    whole = pixels.new_zeros(pixels.shape[0], stretch.total, stretch.granularity)
+    whole.index_copy_(1, torch.tensor(stretch.groups), pixels[:, : len(stretch.groups)])
+    return whole.view(samples, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _compact(part: Part, stretch: Stretch) -> Tensor:
+    return part if isinstance(part, Tensor) else _joined(part)
+
+
+def _joined(runs: Runs) -> Tensor:
+    return runs.pieces[0] if len(runs.pieces) == 1 else torch.cat(runs.pieces, dim=1)
+
+
+def _split(compact: Tensor, stretch: Stretch) -> Runs:
+    runs = aligned_runs(tuple(stretch.groups), _LONGEST_RUN)
+    widths = [number * stretch.granularity for _, number in runs]
+    pieces = compact.split(widths, dim=1)
+    return Runs([piece.contiguous(memory_format=torch.channels_last) for piece in pieces], runs)
+
+
+def affine(x: Parts, scale: Tensor, shift: Tensor, activation: str) -> Parts:
+    """activation(x * scale + shift) on active channels, with scale and shift [C]."""
+    dtype, granularity = torch.promote_types(scale.dtype, torch.float32), x.active.granularity
+    scale, shift = (F.pad(vector.to(dtype), (0, granularity)) for vector in (scale, shift))
+    done: list[Part] = []
+    for part, stretch in zip(x.parts, x.active.stretches, strict=True):
+        kept = stretch.index(1, stretch.width)
+        compact = _compact(part, stretch)
+        factor, offset = scale[kept][:, None, None], shift[kept][:, None, None]
+        y = onednn.activate_(torch.addcmul(offset, compact.to(dtype), factor), activation)
+        done.append(y.to(compact.dtype).contiguous(memory_format=torch.channels_last))
+    return Parts(x.active, done)
+
+
+def sums(x: Parts | Tensor) -> tuple[Tensor, int]:
+    """Sums over the pixels, fp32 [N, channels], zeros for skipped channels; and how many pixels they are."""
+    if isinstance(x, Tensor):
+        return x.sum((2, 3), dtype=torch.float32), x.shape[2] * x.shape[3]
+    active = x.active
+    samples = active.keep.shape[0]
+    result, pixels = torch.zeros(samples, active.keep.shape[1], active.granularity), 1
+    for part, stretch in zip(x.parts, active.stretches, strict=True):
+        compact = _compact(part, stretch)
+        pixels = compact.shape[2] * compact.shape[3]
+        kept = compact.sum((2, 3), dtype=torch.float32).view(stretch.number, -1, active.granularity)
+        result[stretch.first : stretch.first + stretch.number, stretch.groups] = kept[:, : len(stretch.groups)]
+    return result.view(samples, -1), pixels
