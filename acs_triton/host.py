@@ -83,6 +83,8 @@ def dense(x: Tensor, weights: ConvWeights, residual: Tensor | None, activation: 
 
 def produce(x: Tensor, weights: ConvWeights, out: Active, activation: str, in_runs: bool) -> Parts:
     """The active channels of activation(conv2d(x) + bias). in_runs: the reader of the result takes runs."""
+    # A reader would add up runs in the dtype of the result, and round each time.
+    in_runs = in_runs and weights.dtype == torch.float32
     parts: list[Part] = []
     for stretch in out.stretches:
         some = x if len(out.stretches) == 1 else x.narrow(0, stretch.first, stretch.number)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -49,10 +49,8 @@ class Work(NamedTuple):
 @lru_cache(maxsize=4096)
 def fastest(work: Work) -> str:
     """The way with the smallest modelled time."""
-    modelled = {"gather": _gather(work), "dense": _dense(work)}
-    if work.runs is not None:
-        modelled["groups"] = _groups(work, work.runs)
-    return min(modelled, key=lambda way: modelled[way])
+    possible = [way for way in WAYS if way != "groups" or work.runs is not None]
+    return min(possible, key=lambda way: _MODELS[way](work))
 
 
 def _conv(work: Work, c_in: int, c_out: int) -> float:
@@ -72,12 +70,15 @@ def _dense(work: Work) -> float:
     return _conv(work, work.c_in, work.c_out) + 2 * _COPY_US + moved * work.itemsize / _GATHERED_BYTES_PER_US
 
 
-def _groups(work: Work, runs: tuple[int, ...]) -> float:
-    widths = [max(run, _NARROWEST) for run in runs]
+def _groups(work: Work) -> float:
+    widths = [max(run, _NARROWEST) for run in work.runs or ()]
     if work.kept_out < work.c_out:
         return sum(_conv(work, work.c_in, width) for width in widths)
     again = 2 * work.pixels_out * work.c_out * work.itemsize / _ACCUMULATED_BYTES_PER_US
-    return sum(_conv(work, width, work.c_out) for width in widths) + (len(runs) - 1) * again
+    return sum(_conv(work, width, work.c_out) for width in widths) + (len(widths) - 1) * again
+
+
+_MODELS: dict[str, Callable[[Work], float]] = {"gather": _gather, "groups": _groups, "dense": _dense}
 
 
 _forced: list[str] = []
