@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from .onednn import Geometry, Layout
 
 Size = tuple[int, int, int]
 """Samples, height, width of an input."""
+Fill = Callable[["Buffer", Any, Any], None]
+"""Writes the weight between the active channels of two sides into a buffer."""
 # Packed weights are true to one input size.
 _SIZES_KEPT = 4
 # All gathered weights share buffers of the same shape; a network at one density needs about its own largest layers.
@@ -45,34 +48,68 @@ class Buffer:
         return known
 
 
-_free: OrderedDict[tuple[object, ...], list[Buffer]] = OrderedDict()
+class _Pool:
+    """Buffers of one shape and layout that nobody uses now."""
+
+    def __init__(self) -> None:
+        self.free: list[Buffer] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.memory.nbytes for buffer in self.free)
+
+
+_pools: OrderedDict[tuple[object, ...], _Pool] = OrderedDict()
+
+
+def _pool(key: tuple[object, ...]) -> _Pool:
+    """The buffers for a key; the longest unused ones of the others go where all together are too large."""
+    known = _pools.setdefault(key, _Pool())
+    _pools.move_to_end(key)
+    kept = sum(pool.nbytes for pool in _pools.values())
+    for other in list(_pools.values()):
+        if kept <= _BUFFER_BYTES:
+            break
+        kept -= other.nbytes
+        other.free.clear()
+    return known
+
+
+class Recipe(NamedTuple):
+    """How to gather a weight of one shape.
+
+    fill(buffer, into, out) writes the active part of the weight into a buffer that `make` made.
+    """
+
+    pool: _Pool
+    make: Callable[[], Buffer]
+    fill: Fill
 
 
 class Lent(NamedTuple):
     """A buffer and where to put it back."""
 
     buffer: Buffer
-    key: tuple[object, ...]
+    pool: _Pool
 
     def give_back(self) -> None:
-        _free.setdefault(self.key, []).append(self.buffer)
-        _free.move_to_end(self.key)
-        kept = sum(len(free) * free[0].memory.nbytes for free in _free.values() if free) if len(_free) > 64 else 0
-        while kept > _BUFFER_BYTES and len(_free) > 1:
-            _, free = _free.popitem(last=False)
-            kept -= sum(buffer.memory.nbytes for buffer in free)
+        self.pool.free.append(self.buffer)
 
 
 class _Forms:
-    """Of one input size: packed weights by (dimension, first channel, number)."""
+    """Of one input size: packed weights by (dimension, first channel, number), recipes by (C_in, C_out)."""
 
     def __init__(self) -> None:
         self.packed: dict[tuple[int, int, int], Tensor] = {}
-        self.layouts: dict[tuple[int, int], Layout | None] = {}
+        self.recipes: dict[tuple[int, int], Recipe | None] = {}
 
 
 class ConvWeights:
-    """One folded convolution in one dtype: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None."""
+    """One folded convolution in one dtype: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None.
+
+    finite: whether zeros times the weight are zeros. tuned: the way that was measured to be fastest.
+    ways: cache of the modelled ones.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> None:
         self.versions = _versions(weight, bias)
@@ -85,6 +122,9 @@ class ConvWeights:
         self.depthwise = geometry[3] > 1
         self.finite = bool(weight.isfinite().all())
         self._sizes: OrderedDict[Size, _Forms] = OrderedDict()
+        self.tuned: str | None = None
+        self.ways: dict[tuple[object, ...], str] = {}
+        self._padded_bias: Tensor | None = None
         self._masters: dict[tuple[object, ...], Tensor] = {}
 
     def result_size(self, height: int, width: int) -> tuple[int, int]:
@@ -110,85 +150,123 @@ class ConvWeights:
     def gathered_bias(self, out: Stretch) -> Tensor | None:
         if self.bias is None:
             return None
-        g = out.granularity
-        master = self._master(("bias", g), lambda: F.pad(self.bias, (0, g)).view(-1, g))  # type: ignore[arg-type]
-        return master.index_select(0, out.index(g, len(out.padded))).view(-1)
+        granularity = out.granularity
+        padded = self._padded_bias
+        if padded is None:
+            with torch.inference_mode(False):
+                padded = self._padded_bias = F.pad(self.bias, (0, granularity)).view(-1, granularity)
+        return padded.index_select(0, out.index(granularity, len(out.padded))).view(-1)
 
     def gathered(self, size: Size, into: Stretch | None, out: Stretch | None) -> Lent | Tensor:
         """The weight between the active channels; from a plain tensor where the packed layout is not known."""
         n_in = self.c_in if into is None else into.width
         n_out = self.c_out if out is None else out.width
-        geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
-        layouts = self._forms(size).layouts
-        shape = (n_out, n_in, int(self.weight.shape[2]), int(self.weight.shape[3]))
-        if (n_in, n_out) not in layouts:
-            layouts[n_in, n_out] = onednn.layout(shape, self.dtype, size, geometry)
-        layout = layouts[n_in, n_out]
-        if layout is None or (into is not None and into.granularity % layout.vector):
-            return self._gathered_plain(into, out)
-        key = (shape, self.dtype, layout)
-        free = _free.get(key)
+        recipes = self._forms(size).recipes
         try:
-            buffer = free.pop() if free else Buffer(shape, self.dtype, size, geometry)
-        except IndexError:  # another thread took it
-            buffer = Buffer(shape, self.dtype, size, geometry)
+            recipe = recipes[n_in, n_out]
+        except KeyError:
+            with torch.inference_mode(False):
+                recipe = recipes[n_in, n_out] = self._recipe(size, n_in, n_out, into, out)
+        if recipe is None:
+            return self._gathered_plain(into, out)
+        try:
+            buffer = recipe.pool.free.pop()
+        except IndexError:  # the first time, or another thread has it
+            buffer = recipe.make()
+        recipe.fill(buffer, into, out)
+        return Lent(buffer, recipe.pool)
+
+    def _recipe(self, size: Size, n_in: int, n_out: int, into: Stretch | None, out: Stretch | None) -> Recipe | None:
+        geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
+        shape = (n_out, n_in, int(self.weight.shape[2]), int(self.weight.shape[3]))
+        layout = onednn.layout(shape, self.dtype, size, geometry)
+        if layout is None or (into is not None and into.granularity % layout.vector):
+            return None
         if out is None:
             assert into is not None  # one side is gated
-            self._fill_in(buffer, layout, into)
+            fill = self._rows_of_blocks(layout, into)
         elif not self.depthwise and out.granularity % layout.block == 0:
-            self._fill_blocks(buffer, layout, into, out)
+            fill = self._whole_blocks(layout, out) if into is None else self._rows_of_some_blocks(layout, into, out)
         else:
-            self._fill_columns(buffer, layout, into, out)
-        return Lent(buffer, key)
+            fill = self._columns_of_blocks(layout, n_out, into, out)
+        pool = _pool((shape, self.dtype, layout))
+        return Recipe(pool, lambda: Buffer(shape, self.dtype, size, geometry), fill)
 
-    def _fill_in(self, buffer: Buffer, layout: Layout, into: Stretch) -> None:
+    def _rows_of_blocks(self, layout: Layout, into: Stretch) -> Fill:
         """Rows of [blocks * taps, groups, granularity * block]."""
-        chunk = into.granularity * layout.block
+        granularity, groups = into.granularity, into.total + 1
+        chunk = granularity * layout.block
         master = self._master(
-            ("in", layout, into.granularity),
-            lambda: onednn.blocked(self._padded(into.granularity, 0), layout).view(-1, into.total + 1, chunk),
+            ("rows", layout, granularity),
+            lambda: onednn.blocked(self._padded(granularity, 0), layout).view(-1, groups, chunk),
         )
-        (view,) = buffer.views(master.shape[0], len(into.padded), chunk)
-        torch.index_select(master, 1, into.index(into.granularity, len(into.padded)), out=view)
+        blocks = master.shape[0]
 
-    def _fill_blocks(self, buffer: Buffer, layout: Layout, into: Stretch | None, out: Stretch) -> None:
-        """Whole blocks of output channels, or the active rows of each."""
-        in_groups, in_granularity = (1, self.c_in) if into is None else (into.total + 1, into.granularity)
-        padded = self._master(
-            ("blocks", layout, in_groups, out.granularity),
-            lambda: onednn.blocked(self._padded(0 if into is None else in_granularity, out.granularity), layout),
+        def fill(buffer: Buffer, into: Stretch, _out: None) -> None:
+            (view,) = buffer.views(blocks, len(into.padded), chunk)
+            torch.index_select(master, 1, into.index(granularity, len(into.padded)), out=view)
+
+        return fill
+
+    def _whole_blocks(self, layout: Layout, out: Stretch) -> Fill:
+        """Slices of [groups, the blocks of a group]."""
+        granularity, groups = out.granularity, out.total + 1
+        master = self._master(
+            ("blocks", layout, 0, granularity),
+            lambda: onednn.blocked(self._padded(0, granularity), layout).view(groups, -1),
         )
-        if into is None:
-            master = padded.view(out.total + 1, -1)
-            (view,) = buffer.views(len(out.padded), master.shape[1])
-            torch.index_select(master, 0, out.index(out.granularity, len(out.padded)), out=view)
-            return
-        master = padded.view(-1, self.taps, in_groups, in_granularity * layout.block)
-        active = into.index(in_granularity, len(into.padded))
-        views = buffer.views(self.taps, len(into.padded), in_granularity * layout.block)
-        for view, block in zip(views, out.index(layout.block, len(views)).tolist(), strict=True):
-            torch.index_select(master[block], 1, active, out=view)
+        length = master.shape[1]
 
-    def _fill_columns(self, buffer: Buffer, layout: Layout, into: Stretch | None, out: Stretch) -> None:
+        def fill(buffer: Buffer, _into: None, out: Stretch) -> None:
+            (view,) = buffer.views(len(out.padded), length)
+            torch.index_select(master, 0, out.index(granularity, len(out.padded)), out=view)
+
+        return fill
+
+    def _rows_of_some_blocks(self, layout: Layout, into: Stretch, out: Stretch) -> Fill:
+        """Rows of [taps, groups, granularity * block] for each active block."""
+        granularity, block, taps = into.granularity, layout.block, self.taps
+        groups, chunk = into.total + 1, granularity * block
+        master = self._master(
+            ("blocks", layout, granularity, out.granularity),
+            lambda: onednn.blocked(self._padded(granularity, out.granularity), layout).view(-1, taps, groups, chunk),
+        )
+        blocks = list(master)
+
+        def fill(buffer: Buffer, into: Stretch, out: Stretch) -> None:
+            active = into.index(granularity, len(into.padded))
+            views = buffer.views(taps, len(into.padded), chunk)
+            for view, position in zip(views, out.index(block, len(views)).tolist(), strict=True):
+                torch.index_select(blocks[position], 1, active, out=view)
+
+        return fill
+
+    def _columns_of_blocks(self, layout: Layout, n_out: int, into: Stretch | None, out: Stretch) -> Fill:
         """Columns of [taps * C_in / vector, units, unit * vector], block by block."""
         block, vector = layout
         unit = math.gcd(out.granularity, 16 if self.depthwise else block)
         in_granularity = 0 if into is None else into.granularity
-        master = self._master(
-            ("columns", unit, vector, in_granularity, out.granularity),
+        whole = self._master(
+            ("columns", vector, in_granularity, out.granularity),
             lambda: self._columns(self._padded(in_granularity, out.granularity), vector),
-        )
-        if into is not None:
-            groups = master.view(self.taps, into.total + 1, -1)
-            master = groups.index_select(1, into.index(in_granularity, len(into.padded)))
-        master = master.view(-1, (self.c_out + out.granularity) // unit, unit * vector)
-        views = buffer.views(master.shape[0], block // unit, unit * vector)
-        units = out.index(unit, len(views) * block // unit)
-        if len(views) == 1:
-            torch.index_select(master, 1, units, out=views[0])
-        else:
-            for view, some in zip(views, units.view(len(views), -1), strict=True):
-                torch.index_select(master, 1, some, out=view)
+        ).view(-1, (self.c_out + out.granularity) // unit, unit * vector)
+        in_groups = None if into is None else whole.view(self.taps, into.total + 1, -1)
+        columns, chunk, per_block = whole.shape[1], unit * vector, block // unit
+        length = -(-n_out // block) * per_block
+
+        def fill(buffer: Buffer, into: Stretch | None, out: Stretch) -> None:
+            master = whole
+            if into is not None and in_groups is not None:
+                rows = in_groups.index_select(1, into.index(in_granularity, len(into.padded)))
+                master = rows.view(-1, columns, chunk)
+            views, units = buffer.views(master.shape[0], per_block, chunk), out.index(unit, length)
+            if len(views) == 1:
+                torch.index_select(master, 1, units, out=views[0])
+            else:
+                for view, some in zip(views, units.split(per_block), strict=True):
+                    torch.index_select(master, 1, some, out=view)
+
+        return fill
 
     @staticmethod
     def _columns(weight: Tensor, vector: int) -> Tensor:
@@ -200,7 +278,9 @@ class ConvWeights:
 
     def _gathered_plain(self, into: Stretch | None, out: Stretch | None) -> Tensor:
         in_granularity, out_granularity = (0 if side is None else side.granularity for side in (into, out))
-        weight = self._master(("plain", in_granularity, out_granularity), lambda: self._padded(in_granularity, out_granularity))
+        weight = self._master(
+            ("plain", in_granularity, out_granularity), lambda: self._padded(in_granularity, out_granularity)
+        )
         if out is not None:
             weight = weight.index_select(0, out.index(1, out.width))
         return weight if into is None else weight.index_select(1, into.index(1, into.width))
@@ -209,11 +289,12 @@ class ConvWeights:
         """The weight with a group of zeros at the end of each gated side."""
         return F.pad(self.weight, (0, 0, 0, 0, 0, in_granularity, 0, out_granularity))
 
-    def _master(self, key: tuple[object, ...], make: object) -> Tensor:
+    def _master(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A form of the weight to gather from, made once."""
         known = self._masters.get(key)
         if known is None:
             with torch.inference_mode(False):
-                known = self._masters[key] = make()  # type: ignore[operator]
+                known = self._masters[key] = make()
         return known
 
     def _forms(self, size: Size) -> _Forms:

@@ -19,11 +19,12 @@ class Stretch:
     zeros, until their number is one that is run; at least one group.
     """
 
-    __slots__ = ("_index", "first", "granularity", "groups", "number", "padded", "total")
+    __slots__ = ("_index", "first", "granularity", "groups", "is_full", "number", "padded", "total")
 
     def __init__(self, first: int, number: int, groups: list[int], total: int, granularity: int) -> None:
         self.first, self.number, self.groups = first, number, groups
         self.total, self.granularity = total, granularity
+        self.is_full = len(groups) == total
         step = -(-total // WIDTHS)
         wanted = max(step, -(-len(groups) // step) * step)
         self.padded = groups if wanted == len(groups) else groups + [total] * (wanted - len(groups))
@@ -39,6 +40,9 @@ class Stretch:
         known = self._index.get((unit, length))
         if known is None:
             each = self.granularity // unit
+            if each == 1 and length == len(self.padded):
+                known = self._index[unit, length] = torch.tensor(self.padded)
+                return known
             units = np.full(length, self.total * each, dtype=np.int64)
             groups = np.array(self.padded, dtype=np.int64)
             spread = groups if each == 1 else (groups[:, None] * each + np.arange(each)).ravel()

@@ -101,7 +101,7 @@ def _produced(x: Tensor, weights: ConvWeights, stretch: Stretch, activation: str
     if way == "gather":
         return _gathered(x, weights, None, stretch, None, activation)
     whole = onednn.run(x, weights.whole(size), weights.bias, weights.geometry, None, activation)
-    return whole if len(stretch.groups) == stretch.total else _active_of(whole, stretch)
+    return whole if stretch.is_full else _active_of(whole, stretch)
 
 
 def _in_runs(x: Tensor, weights: ConvWeights, stretch: Stretch, activation: str) -> Runs:
@@ -134,10 +134,10 @@ def transform(x: Parts, weights: ConvWeights, out: Active, activation: str) -> P
 
 def _transformed(part: Part, weights: ConvWeights, into: Stretch, out: Stretch, activation: str) -> Tensor:
     x = _compact(part, into)
-    if len(into.groups) == into.total:
+    if into.is_full:
         produced = _produced(x, weights, out, activation)
         return produced if isinstance(produced, Tensor) else _joined(produced)
-    if len(out.groups) == out.total:
+    if out.is_full:
         return _consumed(x, weights, into, None, activation)
     size = (x.shape[0], x.shape[2], x.shape[3])
     if _way(weights, size, into, out) == "gather":
@@ -237,7 +237,7 @@ def depthwise(x: Parts, weights: ConvWeights, activation: str) -> Parts:
     done: list[Part] = []
     for part, stretch in zip(x.parts, x.active.stretches, strict=True):
         compact = _compact(part, stretch)
-        if len(stretch.groups) == stretch.total:
+        if stretch.is_full:
             done.append(dense(compact, weights, None, activation))
         else:
             done.append(_gathered(compact, weights, None, stretch, None, activation))
@@ -246,37 +246,40 @@ def depthwise(x: Parts, weights: ConvWeights, activation: str) -> Parts:
 
 def _way(weights: ConvWeights, size: tuple[int, int, int], into: Stretch | None, out: Stretch | None) -> str:
     """The way to run; where everything is active, "dense" is just the convolution."""
-    sides = [side for side in (into, out) if side is not None]
-    if all(len(side.groups) == side.total for side in sides):
+    side = into or out
+    if side is None or (side.is_full and (into is None or out is None or out.is_full)):
         return "dense"
-    if any(not side.groups for side in sides):
+    if not side.groups or (out is not None and not out.groups):
         return "gather"
     runs = None
-    if len(sides) == 1 and sides[0].padded is sides[0].groups and sides[0].granularity >= _SMALLEST_GROUP:
-        # Accumulated in another dtype, each run would round.
-        if out is not None or weights.dtype == torch.float32:
-            side = sides[0]
-            runs = tuple(n * side.granularity for _, n in aligned_runs(tuple(side.groups), _LONGEST_RUN))
-    way = ways.forced()
+    # Accumulated in another dtype, each run would round.
+    if (into is None or (out is None and weights.dtype == torch.float32)) and _runs_well(side):
+        runs = tuple(number * side.granularity for _, number in aligned_runs(tuple(side.groups), _LONGEST_RUN))
+    way = ways.forced() or weights.tuned
     if way is None:
-        height, width = weights.result_size(size[1], size[2])
-        way = ways.fastest(
-            ways.Work(
-                weights.c_in,
-                weights.c_out,
-                weights.c_in if into is None else into.width,
-                weights.c_out if out is None else out.width,
-                weights.taps,
-                size[0] * size[1] * size[2],
-                size[0] * height * width,
-                weights.weight.itemsize,
-                runs,
-            )
-        )
+        n_in, n_out = weights.c_in if into is None else into.width, weights.c_out if out is None else out.width
+        key = (size, n_in, n_out, runs)
+        way = weights.ways.get(key)
+        if way is None:
+            way = weights.ways[key] = ways.fastest(_work(weights, size, n_in, n_out, runs))
     if (way == "groups" and runs is None) or (way == "dense" and into is not None and not weights.finite):
         # Zero times a weight that is not finite would show.
         return "gather"
     return way
+
+
+def _runs_well(stretch: Stretch) -> bool:
+    return stretch.padded is stretch.groups and stretch.granularity >= _SMALLEST_GROUP
+
+
+def _work(
+    weights: ConvWeights, size: tuple[int, int, int], n_in: int, n_out: int, runs: tuple[int, ...] | None
+) -> ways.Work:
+    samples, height, width = size
+    rows, columns = weights.result_size(height, width)
+    pixels, results = samples * height * width, samples * rows * columns
+    itemsize = weights.weight.itemsize
+    return ways.Work(weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, runs)
 
 
 def _active_of(whole: Tensor, stretch: Stretch) -> Tensor:
@@ -291,7 +294,7 @@ def _active_of(whole: Tensor, stretch: Stretch) -> Tensor:
 
 def _whole_of(compact: Tensor, stretch: Stretch) -> Tensor:
     """A dense tensor with zeros in the other channels."""
-    if len(stretch.groups) == stretch.total:
+    if stretch.is_full:
         return compact
     samples, channels, height, width = compact.shape
     pixels = compact.permute(0, 2, 3, 1).reshape(-1, channels // stretch.granularity, stretch.granularity)

@@ -52,9 +52,7 @@ def conv(
     if dtype is not None and not isinstance(out_active, ActiveChannels) and not isinstance(in_active, ActiveChannels):
         return _on_host(x, weight, bias, out_active, residual, geometry, activation, in_runs, overwrite, dtype)
     assert isinstance(x, Tensor)  # Parts come from the host
-    return _by_operator(
-        x, weight, bias, compacted(in_active), compacted(out_active), residual, geometry, activation
-    )
+    return _by_operator(x, weight, bias, compacted(in_active), compacted(out_active), residual, geometry, activation)
 
 
 def _by_operator(
@@ -160,9 +158,7 @@ def _is_result_like(residual: Tensor, x: Tensor, weight: Tensor, geometry: Geome
     )
 
 
-def grouped(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int, activation: str
-) -> Tensor:
+def grouped(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int, activation: str) -> Tensor:
     """activation(grouped conv2d(x, weight) + bias), outside of every span."""
     stride, padding, dilation = geometry
     dtype = _host_dtype(x, weight)
@@ -184,7 +180,9 @@ def depthwise(
     stride, padding, dilation = geometry
     if isinstance(x, Parts):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return host.depthwise(x, prepared(weight, bias, (padding, stride, dilation, weight.shape[0]), dtype), activation)
+        return host.depthwise(
+            x, prepared(weight, bias, (padding, stride, dilation, weight.shape[0]), dtype), activation
+        )
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
     if run_direct(x):
@@ -197,9 +195,7 @@ def depthwise(
     )
 
 
-def affine(
-    x: Tensor | Parts, scale: Tensor, shift: Tensor, active: ActiveChannels, activation: str
-) -> Tensor | Parts:
+def affine(x: Tensor | Parts, scale: Tensor, shift: Tensor, active: ActiveChannels, activation: str) -> Tensor | Parts:
     """activation(x * scale + shift) on a compact tensor; columns beyond the count become zeros again."""
     if isinstance(x, Parts):
         return host.affine(x, scale, shift, activation)

@@ -1,8 +1,8 @@
 """Which way runs a gated convolution fastest on a CPU: a cost model with measured constants.
 
-    gather  one convolution on the active part of the weight, copied together at each call
-    groups  one convolution for each run of active groups, on weights packed once
-    dense   the whole convolution, and the active channels taken from its result or put back into its input
+gather  one convolution on the active part of the weight, copied together at each call
+groups  one convolution for each run of active groups, on weights packed once
+dense   the whole convolution, and the active channels taken from its result or put back into its input
 """
 
 from __future__ import annotations
