@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def _equal_rows(keep: np.ndarray) -> list[tuple[int, int]]:
     if samples == 1:
         return [(0, 1)]
     starts = [0, *((keep[1:] != keep[:-1]).any(1).nonzero()[0] + 1).tolist(), samples]
-    return [(first, last) for first, last in zip(starts[:-1], starts[1:], strict=True) if last > first]
+    return [(first, last) for first, last in pairwise(starts) if last > first]
 
 
 def aligned_runs(groups: tuple[int, ...], longest: int) -> list[tuple[int, int]]:

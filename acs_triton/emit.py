@@ -123,7 +123,7 @@ class Emitter:
         x, end = self._value(conv_node.args[0]), (geometry_of(folded), fused.activation)
         weight = self._packed(_storage(folded.weight, in_active is not None, out_active is not None))
         bias = self._packed_or_none(folded.bias)
-        options = {}
+        options: dict[str, Any] = {}
         if name is not None and name in self._in_groups:
             options["in_runs"] = True
         if in_active is not None and residual is not None and self._is_last_read(fused):
@@ -131,7 +131,7 @@ class Emitter:
         return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end), options)
 
     def _is_last_read(self, fused: Fused) -> bool:
-        """Whether a residual is a convolution's own result that only convolutions and gates read, all of them before."""
+        """Whether a residual is a convolution's own result, and its other readers, convolutions and gates, ran before."""
         residual = self._fusion.skip_identity(fused.residual)
         if not any(other.last is residual for _, other in self._fusion.fused_at.values()):
             return False
@@ -193,7 +193,7 @@ class Emitter:
             called = self.graph.get_attr(str(node.target))
             return self.graph.call_function(sparse.each_module, (called, *args), kwargs)
         if node.op == "call_method":
-            return self.graph.call_function(sparse.each_method, (node.target, *args), kwargs)
+            return self.graph.call_function(sparse.each_method, (str(node.target), *args), kwargs)
         return self.graph.call_function(sparse.each(cast(Callable[..., Tensor], node.target)), args, kwargs)
 
     def _emit_gate(self, node: fx.Node) -> None:

@@ -163,8 +163,8 @@ def consume(
         return result
     done = []
     for part, stretch in zip(x.parts, stretches, strict=True):
-        some = None if residual is None else residual.narrow(0, stretch.first, stretch.number)
-        done.append(_consumed(part, weights, stretch, some, activation))
+        added = None if residual is None else residual.narrow(0, stretch.first, stretch.number)
+        done.append(_consumed(part, weights, stretch, added, activation))
     return torch.cat(done)
 
 
@@ -284,7 +284,7 @@ def _work(
 
 def _active_of(whole: Tensor, stretch: Stretch) -> Tensor:
     """The active channels of a dense tensor, in a compact one."""
-    samples, channels, height, width = whole.shape
+    samples, _, height, width = whole.shape
     # Where the compact form is wider than the active channels, whatever stands there meets zero weights.
     filled = stretch.groups + stretch.groups[:1] * (len(stretch.padded) - len(stretch.groups))
     pixels = whole.permute(0, 2, 3, 1).reshape(-1, stretch.total, stretch.granularity)

@@ -45,7 +45,7 @@ Geometry = tuple[Pair, Pair, Pair, int]
 
 
 class Layout(NamedTuple):
-    """How a packed weight lies in memory: [C_out / block, kh, kw, C_in / vector, block, vector], with zeros at the ends.
+    """How a packed weight lies in memory: [C_out / block, kh, kw, C_in / vector, block, vector], ends filled with zeros.
 
     A depthwise weight is [kh, kw, block], one block for all channels.
     """
@@ -170,7 +170,7 @@ def memory(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """The memory of a packed weight as a flat tensor."""
     assert _ENTRY_POINTS is not None  # it was packed
     owner = (ctypes.c_char * _ENTRY_POINTS.size(packed)).from_address(int(_ENTRY_POINTS.address(packed)))
-    owner.packed = packed  # type: ignore[attr-defined]  # the tensor keeps the array alive, and the array the memory
+    owner.packed = packed  # the tensor keeps the array alive, and the array the memory
     return torch.frombuffer(owner, dtype=dtype)
 
 

@@ -7,7 +7,7 @@ it is a tensor with the width of the operators' contract.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -221,7 +221,7 @@ def each_method(name: str, x: Tensor | Parts, *args: Any, **kwargs: Any) -> Tens
     return x.each(function, *args, **kwargs) if isinstance(x, Parts) else function(x, *args, **kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def each(function: Callable[..., Tensor]) -> Callable[..., Tensor | Parts]:
     """A function of tensors, likewise."""
 

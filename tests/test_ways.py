@@ -180,9 +180,9 @@ def test_no_way_is_modelled_slower_than_dense() -> None:
 
 
 def test_forcing_refuses_another_word() -> None:
-    with pytest.raises(ValueError, match="forcing: way must be one of 'gather', 'groups', 'dense', got 'fast'"):
-        with ways.forcing("fast"):
-            pass
+    expected = "forcing: way must be one of 'gather', 'groups', 'dense', got 'fast'"
+    with pytest.raises(ValueError, match=expected), ways.forcing("fast"):
+        pass
 
 
 def test_weights_that_are_not_finite_are_known() -> None:
