@@ -17,6 +17,7 @@ from torch import Tensor
 from . import onednn
 from .decision import Stretch
 from .onednn import Geometry, Layout
+from .ways import Work
 
 Size = tuple[int, int, int]
 """Samples, height, width of an input."""
@@ -108,7 +109,7 @@ class ConvWeights:
     """One folded convolution in one dtype: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None.
 
     finite: whether zeros times the weight are zeros. tuned: the way that was measured to be fastest.
-    ways: cache of the modelled ones.
+    work: cache of its descriptions for the cost model.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> None:
@@ -123,7 +124,7 @@ class ConvWeights:
         self.finite = bool(weight.isfinite().all())
         self._sizes: OrderedDict[Size, _Forms] = OrderedDict()
         self.tuned: str | None = None
-        self.ways: dict[tuple[object, ...], str] = {}
+        self.work: dict[tuple[object, ...], Work] = {}
         self._padded_bias: Tensor | None = None
         self._masters: dict[tuple[object, ...], Tensor] = {}
 

@@ -55,7 +55,7 @@ class Stretch:
 class Active:
     """The decision for one span: bool [N, groups], of `granularity` channels each."""
 
-    __slots__ = ("granularity", "keep", "stretches")
+    __slots__ = ("granularity", "is_full", "keep", "stretches")
 
     def __init__(self, keep: np.ndarray, granularity: int) -> None:
         self.keep, self.granularity = keep, granularity
@@ -63,6 +63,8 @@ class Active:
             Stretch(first, last - first, keep[first].nonzero()[0].tolist(), keep.shape[1], granularity)
             for first, last in _equal_rows(keep)
         ]
+
+        self.is_full = all(stretch.is_full for stretch in self.stretches)
 
     @property
     def channels(self) -> int:

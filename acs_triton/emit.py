@@ -131,7 +131,7 @@ class Emitter:
         return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end), options)
 
     def _is_last_read(self, fused: Fused) -> bool:
-        """Whether a residual is a convolution's own result, and its other readers, convolutions and gates, ran before."""
+        """Whether a residual is a convolution's own result whose other readers, convolutions and gates, ran before."""
         residual = self._fusion.skip_identity(fused.residual)
         if not any(other.last is residual for _, other in self._fusion.fused_at.values()):
             return False

@@ -6,7 +6,7 @@ its active channels, in one compact tensor or in the runs of groups that were co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,12 +35,35 @@ Part = Tensor | Runs
 
 
 class Parts:
-    """A compact value: one part for each stretch of the decision."""
+    """A value inside a span: one part for each stretch of the decision, or `whole`, with all channels of all samples,
+    the skipped ones not masked yet.
+    """
 
-    __slots__ = ("active", "parts")
+    __slots__ = ("_parts", "active", "whole")
 
-    def __init__(self, active: Active, parts: list[Part]) -> None:
-        self.active, self.parts = active, parts
+    def __init__(self, active: Active, parts: list[Part] | None, whole: Tensor | None = None) -> None:
+        self.active, self._parts, self.whole = active, parts, whole
+
+    @property
+    def parts(self) -> list[Part]:
+        if self._parts is None:
+            assert self.whole is not None  # one of them is there
+            self._parts = [
+                _active_of(self.whole.narrow(0, stretch.first, stretch.number), stretch)
+                for stretch in self.active.stretches
+            ]
+        return self._parts
+
+    @property
+    def masked(self) -> Tensor:
+        """The dense tensor, with zeros in skipped channels."""
+        if self.whole is None:
+            wholes = [_whole_of(*pair) for pair in zip(self.parts, self.active.stretches, strict=True)]
+            return wholes[0] if len(wholes) == 1 else torch.cat(wholes)
+        if self.active.is_full:
+            return self.whole
+        mask = torch.from_numpy(self.active.keep).repeat_interleave(self.active.granularity, dim=1)
+        return torch.where(mask[:, :, None, None], self.whole, 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,11 +84,15 @@ class Parts:
 
     @property
     def _piece(self) -> Tensor:
+        if self.whole is not None:
+            return self.whole
         part = self.parts[0]
         return part if isinstance(part, Tensor) else part.pieces[0]
 
     def each(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Parts:
         """`function`, which acts on each sample and channel by itself, on every part."""
+        if self.whole is not None:
+            return Parts(self.active, None, function(self.whole, *args, **kwargs))
         done: list[Part] = []
         for part in self.parts:
             if isinstance(part, Tensor):
@@ -85,6 +112,8 @@ def produce(x: Tensor, weights: ConvWeights, out: Active, activation: str, in_ru
     """The active channels of activation(conv2d(x) + bias). in_runs: the reader of the result takes runs."""
     # A reader would add up runs in the dtype of the result, and round each time.
     in_runs = in_runs and weights.dtype == torch.float32
+    if _as_a_whole(weights, (x.shape[0], x.shape[2], x.shape[3]), None, out):
+        return Parts(out, None, dense(x, weights, None, activation))
     parts: list[Part] = []
     for stretch in out.stretches:
         some = x if len(out.stretches) == 1 else x.narrow(0, stretch.first, stretch.number)
@@ -117,6 +146,8 @@ def _in_runs(x: Tensor, weights: ConvWeights, stretch: Stretch, activation: str)
 
 def transform(x: Parts, weights: ConvWeights, out: Active, activation: str) -> Parts:
     """`produce` from active channels."""
+    if _as_a_whole(weights, (x.samples, *x.size), x.active, out):
+        return Parts(out, None, dense(x.masked, weights, None, activation))
     if len(x.parts) == 1 and len(out.stretches) == 1:
         return Parts(out, [_transformed(x.parts[0], weights, x.active.stretches[0], out.stretches[0], activation)])
     parts: list[Part] = []
@@ -151,6 +182,9 @@ def consume(
 ) -> Tensor:
     """activation(conv2d(x) + bias + residual), dense. overwrite: nobody reads the residual later."""
     stretches = x.active.stretches
+    overwrite = overwrite and onednn.accumulates(activation)
+    if x.whole is not None and (weights.finite or x.active.is_full):
+        return _dense_into(x.masked, weights, residual, activation, overwrite)
     if len(stretches) == 1:
         return _consumed(x.parts[0], weights, stretches[0], residual, activation, overwrite)
     if residual is not None and onednn.accumulates(activation):
@@ -178,17 +212,20 @@ def _consumed(
 ) -> Tensor:
     piece = part if isinstance(part, Tensor) else part.pieces[0]
     size = (piece.shape[0], piece.shape[2], piece.shape[3])
-    overwrite = overwrite and onednn.accumulates(activation)
     way = _way(weights, size, stretch, None)
     if isinstance(part, Runs) or way == "groups":
         runs = part if isinstance(part, Runs) else _split(part, stretch)
         return _accumulated(runs, weights, stretch, residual, activation, overwrite)
     if way == "gather":
         return _gathered(part, weights, stretch, None, residual, activation, overwrite)
-    x = _whole_of(part, stretch)
-    if overwrite and residual is not None:
-        return onednn.accumulate_(residual, x, weights.whole(size), weights.bias, weights.geometry, activation)
-    return onednn.run(x, weights.whole(size), weights.bias, weights.geometry, residual, activation)
+    return _dense_into(_whole_of(part, stretch), weights, residual, activation, overwrite)
+
+
+def _dense_into(x: Tensor, weights: ConvWeights, residual: Tensor | None, activation: str, overwrite: bool) -> Tensor:
+    if not overwrite or residual is None:
+        return dense(x, weights, residual, activation)
+    packed = weights.whole((x.shape[0], x.shape[2], x.shape[3]))
+    return onednn.accumulate_(residual, x, packed, weights.bias, weights.geometry, activation)
 
 
 def _accumulated(
@@ -234,6 +271,8 @@ def _gathered(
 
 def depthwise(x: Parts, weights: ConvWeights, activation: str) -> Parts:
     """activation(depthwise conv2d(x) + bias) on active channels."""
+    if x.whole is not None:
+        return Parts(x.active, None, dense(x.whole, weights, None, activation))
     done: list[Part] = []
     for part, stretch in zip(x.parts, x.active.stretches, strict=True):
         compact = _compact(part, stretch)
@@ -244,6 +283,39 @@ def depthwise(x: Parts, weights: ConvWeights, activation: str) -> Parts:
     return Parts(x.active, done)
 
 
+def _as_a_whole(weights: ConvWeights, size: tuple[int, int, int], into: Active | None, out: Active) -> bool:
+    """Whether one dense convolution for the whole batch is faster than one or more for each stretch."""
+    if out.is_full and (into is None or into.is_full):
+        return True
+    if into is not None and not into.is_full and not weights.finite:
+        # Zero times a weight that is not finite would show.
+        return False
+    way = ways.forced() or weights.tuned
+    if way is not None:
+        return way == "dense"
+    modelled = 0.0
+    for number, of_in, of_out in _common(into, out):
+        work = _work(weights, (number, *size[1:]), of_in, of_out)
+        modelled += ways.fastest(work).microseconds
+    n_in = weights.c_in if into is None or into.is_full else 0
+    rows, columns = weights.result_size(size[1], size[2])
+    sizes = (weights.taps, size[0] * size[1] * size[2], size[0] * rows * columns, weights.weight.itemsize, None)
+    return ways.modelled_dense(ways.Work(weights.c_in, weights.c_out, n_in, 0, *sizes)) <= modelled
+
+
+def _common(into: Active | None, out: Active) -> Iterator[tuple[int, Stretch | None, Stretch]]:
+    """Samples whose masks on both sides are equal: their number and the two stretches."""
+    if into is None:
+        yield from ((stretch.number, None, stretch) for stretch in out.stretches)
+        return
+    for stretch in out.stretches:
+        for other in into.stretches:
+            first = max(stretch.first, other.first)
+            number = min(stretch.first + stretch.number, other.first + other.number) - first
+            if number > 0:
+                yield number, other, stretch
+
+
 def _way(weights: ConvWeights, size: tuple[int, int, int], into: Stretch | None, out: Stretch | None) -> str:
     """The way to run; where everything is active, "dense" is just the convolution."""
     side = into or out
@@ -251,18 +323,9 @@ def _way(weights: ConvWeights, size: tuple[int, int, int], into: Stretch | None,
         return "dense"
     if not side.groups or (out is not None and not out.groups):
         return "gather"
-    runs = None
-    # Accumulated in another dtype, each run would round.
-    if (into is None or (out is None and weights.dtype == torch.float32)) and _runs_well(side):
-        runs = tuple(number * side.granularity for _, number in aligned_runs(tuple(side.groups), _LONGEST_RUN))
-    way = ways.forced() or weights.tuned
-    if way is None:
-        n_in, n_out = weights.c_in if into is None else into.width, weights.c_out if out is None else out.width
-        key = (size, n_in, n_out, runs)
-        way = weights.ways.get(key)
-        if way is None:
-            way = weights.ways[key] = ways.fastest(_work(weights, size, n_in, n_out, runs))
-    if (way == "groups" and runs is None) or (way == "dense" and into is not None and not weights.finite):
+    work = _work(weights, size, into, out)
+    way = ways.forced() or weights.tuned or ways.fastest(work).way
+    if (way == "groups" and work.runs is None) or (way == "dense" and into is not None and not weights.finite):
         # Zero times a weight that is not finite would show.
         return "gather"
     return way
@@ -272,7 +335,22 @@ def _runs_well(stretch: Stretch) -> bool:
     return stretch.padded is stretch.groups and stretch.granularity >= _SMALLEST_GROUP
 
 
-def _work(
+def _work(weights: ConvWeights, size: tuple[int, int, int], into: Stretch | None, out: Stretch | None) -> ways.Work:
+    n_in, n_out = weights.c_in if into is None else into.width, weights.c_out if out is None else out.width
+    side = out if into is None else into
+    runs = None
+    # Accumulated in another dtype, each run would round.
+    one_sided = into is None or (out is None and weights.dtype == torch.float32)
+    if one_sided and side is not None and side.groups and _runs_well(side):
+        runs = tuple(number * side.granularity for _, number in aligned_runs(tuple(side.groups), _LONGEST_RUN))
+    key = (size, n_in, n_out, runs)
+    known = weights.work.get(key)
+    if known is None:
+        known = weights.work[key] = _described(weights, size, n_in, n_out, runs)
+    return known
+
+
+def _described(
     weights: ConvWeights, size: tuple[int, int, int], n_in: int, n_out: int, runs: tuple[int, ...] | None
 ) -> ways.Work:
     samples, height, width = size
@@ -285,6 +363,9 @@ def _work(
 def _active_of(whole: Tensor, stretch: Stretch) -> Tensor:
     """The active channels of a dense tensor, in a compact one."""
     samples, _, height, width = whole.shape
+    if not stretch.groups:
+        empty = whole.new_zeros(samples, height, width, stretch.width)
+        return empty.permute(0, 3, 1, 2)
     # Where the compact form is wider than the active channels, whatever stands there meets zero weights.
     filled = stretch.groups + stretch.groups[:1] * (len(stretch.padded) - len(stretch.groups))
     pixels = whole.permute(0, 2, 3, 1).reshape(-1, stretch.total, stretch.granularity)
@@ -292,8 +373,9 @@ def _active_of(whole: Tensor, stretch: Stretch) -> Tensor:
     return kept.view(samples, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _whole_of(compact: Tensor, stretch: Stretch) -> Tensor:
+def _whole_of(part: Part, stretch: Stretch) -> Tensor:
     """A dense tensor with zeros in the other channels."""
+    compact = _compact(part, stretch)
     if stretch.is_full:
         return compact
     samples, channels, height, width = compact.shape
@@ -321,6 +403,10 @@ def _split(compact: Tensor, stretch: Stretch) -> Runs:
 def affine(x: Parts, scale: Tensor, shift: Tensor, activation: str) -> Parts:
     """activation(x * scale + shift) on active channels, with scale and shift [C]."""
     dtype, granularity = torch.promote_types(scale.dtype, torch.float32), x.active.granularity
+    if x.whole is not None:
+        factor, offset = scale.to(dtype)[:, None, None], shift.to(dtype)[:, None, None]
+        y = onednn.activate_(torch.addcmul(offset, x.whole.to(dtype), factor), activation).to(x.dtype)
+        return Parts(x.active, None, y.contiguous(memory_format=torch.channels_last))
     scale, shift = (F.pad(vector.to(dtype), (0, granularity)) for vector in (scale, shift))
     done: list[Part] = []
     for part, stretch in zip(x.parts, x.active.stretches, strict=True):
@@ -337,6 +423,10 @@ def sums(x: Parts | Tensor) -> tuple[Tensor, int]:
     if isinstance(x, Tensor):
         return x.sum((2, 3), dtype=torch.float32), x.shape[2] * x.shape[3]
     active = x.active
+    if x.whole is not None:
+        result = x.whole.sum((2, 3), dtype=torch.float32)
+        mask = torch.from_numpy(active.keep).repeat_interleave(active.granularity, dim=1)
+        return torch.where(mask, result, 0), x.whole.shape[2] * x.whole.shape[3]
     samples = active.keep.shape[0]
     result, pixels = torch.zeros(samples, active.keep.shape[1], active.granularity), 1
     for part, stretch in zip(x.parts, active.stretches, strict=True):

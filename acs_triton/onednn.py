@@ -45,7 +45,7 @@ Geometry = tuple[Pair, Pair, Pair, int]
 
 
 class Layout(NamedTuple):
-    """How a packed weight lies in memory: [C_out / block, kh, kw, C_in / vector, block, vector], ends filled with zeros.
+    """How a packed weight lies in memory: [C_out / block, kh, kw, C_in / vector, block, vector], zeros at the ends.
 
     A depthwise weight is [kh, kw, block], one block for all channels.
     """

@@ -23,10 +23,12 @@ _CALL_US = 30.0
 _GATHERED_BYTES_PER_US = 8e3
 # Measured: what each further run that accumulates costs beyond its MACs, its result read and written.
 _ACCUMULATED_BYTES_PER_US = 12e3
+# Measured: `where` on features of 0.1 to 1 MB.
+_MASKED_BYTES_PER_US = 10e3
 # A run that fills no block of registers is computed as wide as one.
 _NARROWEST = 16
-# A call of index_select.
-_COPY_US = 6.0
+# What a gathered weight costs beyond its bytes: its lists, a few calls of index_select, a bias.
+_COPY_US = 15.0
 
 
 class Work(NamedTuple):
@@ -46,11 +48,18 @@ class Work(NamedTuple):
     runs: tuple[int, ...] | None
 
 
+class Choice(NamedTuple):
+    """A way and its modelled time."""
+
+    way: str
+    microseconds: float
+
+
 @lru_cache(maxsize=4096)
-def fastest(work: Work) -> str:
+def fastest(work: Work) -> Choice:
     """The way with the smallest modelled time."""
     possible = [way for way in WAYS if way != "groups" or work.runs is not None]
-    return min(possible, key=lambda way: _MODELS[way](work))
+    return min((Choice(way, _MODELS[way](work)) for way in possible), key=lambda choice: choice.microseconds)
 
 
 def _conv(work: Work, c_in: int, c_out: int) -> float:
@@ -65,9 +74,8 @@ def _gather(work: Work) -> float:
 
 
 def _dense(work: Work) -> float:
-    moved = work.pixels_out * work.kept_out * (work.kept_out < work.c_out)
-    moved += work.pixels_in * (work.kept_in + work.c_in) * (work.kept_in < work.c_in)
-    return _conv(work, work.c_in, work.c_out) + 2 * _COPY_US + moved * work.itemsize / _GATHERED_BYTES_PER_US
+    masked = work.pixels_in * work.c_in * work.itemsize if work.kept_in < work.c_in else 0
+    return _conv(work, work.c_in, work.c_out) + masked / _MASKED_BYTES_PER_US
 
 
 def _groups(work: Work) -> float:
@@ -78,6 +86,7 @@ def _groups(work: Work) -> float:
     return sum(_conv(work, width, work.c_out) for width in widths) + (len(widths) - 1) * again
 
 
+modelled_dense = lru_cache(maxsize=4096)(_dense)
 _MODELS: dict[str, Callable[[Work], float]] = {"gather": _gather, "groups": _groups, "dense": _dense}
 
 
