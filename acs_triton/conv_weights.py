@@ -108,12 +108,13 @@ class _Forms:
 class ConvWeights:
     """One folded convolution in one dtype: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None.
 
-    finite: whether zeros times the weight are zeros. tuned: the way that was measured to be fastest.
+    source: the lowered weight. finite: whether zeros times it are zeros.
     work: cache of its descriptions for the cost model.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> None:
         self.versions = _versions(weight, bias)
+        self.source = weight
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.geometry = geometry
@@ -123,7 +124,6 @@ class ConvWeights:
         self.depthwise = geometry[3] > 1
         self.finite = bool(weight.isfinite().all())
         self._sizes: OrderedDict[Size, _Forms] = OrderedDict()
-        self.tuned: str | None = None
         self.work: dict[tuple[object, ...], Work] = {}
         self._padded_bias: Tensor | None = None
         self._masters: dict[tuple[object, ...], Tensor] = {}

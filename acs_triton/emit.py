@@ -37,6 +37,7 @@ class Emitter:
     """The graph for CPU tensors; `packed` has the one for the Triton kernels.
 
     graph: what was written. tensors: the packed weights that it reads by position.
+    convs: position of the weight of each convolution that may be gated, by the layer's name.
     """
 
     def __init__(self, model: ACSModel, program: Program) -> None:
@@ -44,6 +45,7 @@ class Emitter:
         self.program = program
         self.graph = fx.Graph()
         self.tensors: list[Tensor] = []
+        self.convs: dict[str, int] = {}
         self._values: dict[fx.Node, fx.Node] = {}
         self._active: dict[fx.Node, fx.Node] = {}
         self._decisions: dict[str, fx.Node] = {}
@@ -122,6 +124,7 @@ class Emitter:
         name = self._producers.get(conv_node)
         x, end = self._value(conv_node.args[0]), (geometry_of(folded), fused.activation)
         weight = self._packed(_storage(folded.weight, in_active is not None, out_active is not None))
+        self.convs[str(conv_node.target)] = len(self.tensors) - 1
         bias = self._packed_or_none(folded.bias)
         options: dict[str, Any] = {}
         if name is not None and name in self._in_groups:

@@ -32,11 +32,13 @@ class LoweredPart:
 
     forward: called as `forward(root, model, tensors, *inputs)`.
     tensors: the packed weights that the graph reads by position.
+    convs: the position of each convolution's weight, by the layer's name.
     """
 
     graph: fx.Graph
     forward: Callable[..., Any]
     tensors: list[Tensor]
+    convs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -96,9 +98,9 @@ def target(device: torch.device) -> tuple[ModuleType, torch.dtype | None]:
 def _reuse(emitter: Emitter, earlier: LoweredPart | None) -> LoweredPart:
     code = str(emitter.graph.python_code("self").src)
     if earlier is None or code != str(earlier.graph.python_code("self").src):
-        return LoweredPart(emitter.graph, compile_graph(emitter.graph), emitter.tensors)
+        return LoweredPart(emitter.graph, compile_graph(emitter.graph), emitter.tensors, emitter.convs)
     if len(earlier.tensors) != len(emitter.tensors) or not all(map(_alike, earlier.tensors, emitter.tensors)):
-        return LoweredPart(emitter.graph, earlier.forward, emitter.tensors)
+        return LoweredPart(emitter.graph, earlier.forward, emitter.tensors, emitter.convs)
     for old, new in zip(earlier.tensors, emitter.tensors, strict=True):
         old.copy_(new)
     return earlier

@@ -6,13 +6,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import cost, lower, sparse
+from . import cost, lower, sparse, tune
 from .adopt import AdoptedModule
 from .config import ACSConfig
 from .cuda_graph import GraphedModel
@@ -24,6 +24,9 @@ from .reference import ActiveChannels
 from .report import ConversionReport
 from .staleness import watch_optimizers
 from .state import MODES, Caches, ModeGuard
+
+if TYPE_CHECKING:
+    from .lower import Lowered
 
 
 class ACSModel(AdoptedModule):
@@ -294,6 +297,27 @@ class ACSModel(AdoptedModule):
                 self(example_input)
         return self
 
+    def tune(self, example_input: Tensor) -> dict[str, str]:
+        """Measure which way runs each span fastest on this CPU, at the densities that `example_input` [N, C, H, W]
+        or `override_masks` leads to, and use it from now on.
+
+        Returns the way, "gather", "groups" or "dense", by span name. Without it, a cost model chooses. The choice
+        outlives a change of weights; like every cache it is not in the state dict and not copied by deepcopy.
+        RuntimeError while training or on another device.
+        """
+        with self.set_mode("sparse"):
+            return tune.tune(self, example_input)
+
+    def lowered_now(self, example_input: Tensor) -> Lowered:
+        """The sparse graphs, brought up to date for inputs like this one."""
+        self.lower(example_input)
+        assert self._caches.lowered is not None  # the line above made it
+        return self._caches.lowered
+
+    def remember_ways(self, by_layer: dict[str, str]) -> None:
+        """Use these ways again whenever the model is lowered."""
+        self._caches.ways = by_layer
+
     def cuda_graph(self, example_input: Tensor) -> GraphedModel:
         """A callable that replays one sparse forward as a CUDA graph, for inputs like `example_input` [N, C, H, W].
 
@@ -313,6 +337,7 @@ class ACSModel(AdoptedModule):
         ):
             caches.lowered = _untraced(lower.lower, self, self._programs(), caches.lowered)
             caches.stale = False
+            tune.apply(caches.lowered, caches.ways)
             watch_optimizers(self)
 
     def mark_stale(self) -> None:

@@ -6,6 +6,7 @@ it is a tensor with the width of the operators' contract.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, host, onednn, ops
+from . import cpu, host, onednn, ops, ways
 from ._checks import prepare
 from .conv_weights import ConvWeights, prepared
 from .decision import Active
@@ -50,7 +51,14 @@ def conv(
     """
     dtype = _host_dtype(x, weight)
     if dtype is not None and not isinstance(out_active, ActiveChannels) and not isinstance(in_active, ActiveChannels):
-        return _on_host(x, weight, bias, out_active, residual, geometry, activation, in_runs, overwrite, dtype)
+        arguments = (x, weight, bias, out_active, residual, geometry, activation, in_runs, overwrite, dtype)
+        seconds = ways.measured()
+        if seconds is None:
+            return _on_host(*arguments)
+        start = time.perf_counter()
+        y = _on_host(*arguments)
+        seconds[id(weight)] = seconds.get(id(weight), 0.0) + time.perf_counter() - start
+        return y
     assert isinstance(x, Tensor)  # Parts come from the host
     return _by_operator(x, weight, bias, compacted(in_active), compacted(out_active), residual, geometry, activation)
 

@@ -26,6 +26,7 @@ class Caches:
 
     record: by span, what the last forward decided: straight-through masks [N, groups] (soft),
         bool masks [N, groups] (hard, and sparse where the host decides) or ActiveChannels (sparse).
+    ways: by layer, how its gated convolution runs on a CPU where that was measured.
     """
 
     programs: Programs | None = None
@@ -37,6 +38,7 @@ class Caches:
     override: MaskSource | None = None
     forced: dict[str, Tensor] = field(default_factory=dict)
     parts_ran: set[str] = field(default_factory=set)
+    ways: dict[str, str] = field(default_factory=dict)
     part_runner: Callable[[str, tuple[Any, ...]], Any] | None = None
 
 

@@ -2,7 +2,7 @@
 
 gather  one convolution on the active part of the weight, copied together at each call
 groups  one convolution for each run of active groups, on weights packed once
-dense   the whole convolution, and the active channels taken from its result or put back into its input
+dense   the whole convolution, for all samples at once; skipped channels are masked at the end of the span
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
+
+from torch import Tensor
 
 WAYS = ("gather", "groups", "dense")
 
@@ -91,6 +93,33 @@ _MODELS: dict[str, Callable[[Work], float]] = {"gather": _gather, "groups": _gro
 
 
 _forced: list[str] = []
+_measured: list[dict[int, float]] = []
+
+
+def choose(weight: Tensor, way: str | None) -> None:
+    """Make the convolution of a lowered weight run in a way; None: in the modelled one."""
+    weight.__dict__["_acs_way"] = way
+
+
+def chosen(weight: Tensor) -> str | None:
+    """What `choose` said last."""
+    found: str | None = weight.__dict__.get("_acs_way")
+    return found
+
+
+@contextmanager
+def measuring() -> Iterator[dict[int, float]]:
+    """Inside the block, seconds of gated convolutions are added up by the `id` of their lowered weights."""
+    _measured.append({})
+    try:
+        yield _measured[-1]
+    finally:
+        _measured.pop()
+
+
+def measured() -> dict[int, float] | None:
+    """Where `measuring` adds up."""
+    return _measured[-1] if _measured else None
 
 
 def forced() -> str | None:
