@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import onednn
+from . import onednn, ways
 from .decision import Stretch
 from .onednn import Geometry, Layout
-from .ways import Work
 
 Size = tuple[int, int, int]
 """Samples, height, width of an input."""
@@ -108,13 +107,13 @@ class _Forms:
 class ConvWeights:
     """One folded convolution in one dtype: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None.
 
-    source: the lowered weight. finite: whether zeros times it are zeros.
+    finite: whether zeros times the weight are zeros. tuned: the way that was measured to be fastest, if any.
     work: cache of its descriptions for the cost model.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> None:
         self.versions = _versions(weight, bias)
-        self.source = weight
+        self.tuned = ways.tuned(weight)
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.geometry = geometry
@@ -124,7 +123,7 @@ class ConvWeights:
         self.depthwise = geometry[3] > 1
         self.finite = bool(weight.isfinite().all())
         self._sizes: OrderedDict[Size, _Forms] = OrderedDict()
-        self.work: dict[tuple[object, ...], Work] = {}
+        self.work: dict[tuple[object, ...], ways.Work] = {}
         self._padded_bias: Tensor | None = None
         self._masters: dict[tuple[object, ...], Tensor] = {}
 

@@ -290,7 +290,7 @@ def _as_a_whole(weights: ConvWeights, size: tuple[int, int, int], into: Active |
     if into is not None and not into.is_full and not weights.finite:
         # Zero times a weight that is not finite would show.
         return False
-    way = ways.forced() or ways.chosen(weights.source)
+    way = ways.forced() or weights.tuned.way
     if way is not None:
         return way == "dense"
     modelled = 0.0
@@ -324,7 +324,7 @@ def _way(weights: ConvWeights, size: tuple[int, int, int], into: Stretch | None,
     if not side.groups or (out is not None and not out.groups):
         return "gather"
     work = _work(weights, size, into, out)
-    way = ways.forced() or ways.chosen(weights.source) or ways.fastest(work).way
+    way = ways.forced() or weights.tuned.way or ways.fastest(work).way
     if (way == "groups" and work.runs is None) or (way == "dense" and into is not None and not weights.finite):
         # Zero times a weight that is not finite would show.
         return "gather"

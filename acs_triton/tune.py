@@ -55,7 +55,7 @@ def apply(lowered: Lowered, by_layer: dict[str, str]) -> None:
     """Make each layer run in its way, or in the modelled one where it has none."""
     for part in lowered.by_part.values():
         for name, position in part.convs.items():
-            ways.choose(part.tensors[position], by_layer.get(name))
+            ways.tuned(part.tensors[position]).way = by_layer.get(name)
 
 
 def _by_layer(lowered: Lowered, measured: dict[int, float]) -> dict[str, float]:

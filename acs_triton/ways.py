@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -96,15 +97,17 @@ _forced: list[str] = []
 _measured: list[dict[int, float]] = []
 
 
-def choose(weight: Tensor, way: str | None) -> None:
-    """Make the convolution of a lowered weight run in a way; None: in the modelled one."""
-    weight.__dict__["_acs_way"] = way
+@dataclass
+class Tuned:
+    """The way in which the convolution of a lowered weight was measured to be fastest; None: as modelled."""
+
+    way: str | None = None
 
 
-def chosen(weight: Tensor) -> str | None:
-    """What `choose` said last."""
-    found: str | None = weight.__dict__.get("_acs_way")
-    return found
+def tuned(weight: Tensor) -> Tuned:
+    """What was measured for a lowered weight; it hangs on the weight itself."""
+    known: Tuned = weight.__dict__.setdefault("_acs_tuned", Tuned())
+    return known
 
 
 @contextmanager

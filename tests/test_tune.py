@@ -24,7 +24,7 @@ def chosen(model: ACSModel) -> dict[str, str | None]:
     lowered = model._caches.lowered
     assert lowered is not None
     part = lowered.by_part[""]
-    return {name: ways.chosen(part.tensors[position]) for name, position in part.convs.items()}
+    return {name: ways.tuned(part.tensors[position]).way for name, position in part.convs.items()}
 
 
 @pytest.mark.parametrize("samples", [1, 3])
