@@ -68,9 +68,7 @@ def gated_conv2d(
             kept_bias = None
         else:
             kept = _columns(_rows(weight, out_active, n, n_out), in_active, n, n_in)
-            # A weight that is not gathered comes from a lowered graph (tight), and will come again.
-            keep = tight and n_in == c_in and n_out == c_out
-            return convolve(part, kept, kept_bias, stride, padding, dilation, 1, added, activation, keep)
+            return convolve(part, kept, kept_bias, stride, padding, dilation, 1, added, activation)
         y = y if kept_bias is None else y.add_(kept_bias[:, None, None])
         return activate_(y if added is None else y.add_(added), activation)
 

@@ -22,17 +22,16 @@ def grouped_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     activation: str = "none",
-    keep: bool = False,
 ) -> Tensor:
     """See reference.grouped_conv2d. All arguments have one dtype, and the convolution runs in it.
 
-    keep: as in `onednn.convolve`. oneDNN's grouped convolution and nothing else: on two cores with AVX-512, over 2..64
+    oneDNN's grouped convolution and nothing else: on two cores with AVX-512, over 2..64
     groups of 64..1024 channels, 56x56..7x7 maps, 1x1 and 3x3, batch 1 and 8, a convolution for each group took 1.0 to
     5 times as long (one shape of 81: 0.9), and a dense one on a block-diagonal weight won up to a quarter only where
     groups have one or two channels.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    return convolve(x, weight, bias, stride, padding, dilation, groups, None, activation, keep)
+    return convolve(x, weight, bias, stride, padding, dilation, groups, None, activation)
 
 
 def convolve(
@@ -45,7 +44,6 @@ def convolve(
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str = "none",
-    keep: bool = False,
 ) -> Tensor:
     """`onednn.convolve` with padding of any form, on the first columns of x, as many as the weight reads."""
     channels = weight.shape[1] * groups
@@ -56,4 +54,4 @@ def convolve(
         x = F.pad(x, (left, right, top, bottom))
         left = top = 0
     stride, dilation = pair(stride), pair(dilation)
-    return onednn.convolve(x, weight, bias, stride, (top, left), dilation, groups, residual, activation, keep)
+    return onednn.convolve(x, weight, bias, stride, (top, left), dilation, groups, residual, activation)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import groups, onednn, regroup, sparse
+from . import regroup, sparse
 from .channel_order import ChannelOrders, DynamicConv, dynamic_conv, unbroken
 from .fold import (
     Folded,
@@ -38,6 +38,7 @@ class Emitter:
     """The graph for CPU tensors; `packed` has the one for the Triton kernels.
 
     graph: what was written. tensors: the packed weights that it reads by position.
+    convs: position of the weight of each convolution that may be gated, by the layer's name.
     """
 
     def __init__(self, model: ACSModel, program: Program) -> None:
@@ -45,6 +46,7 @@ class Emitter:
         self.program = program
         self.graph = fx.Graph()
         self.tensors: list[Tensor] = []
+        self.convs: dict[str, int] = {}
         self._values: dict[fx.Node, fx.Node] = {}
         self._active: dict[fx.Node, fx.Node] = {}
         self._decisions: dict[str, fx.Node] = {}
@@ -55,10 +57,28 @@ class Emitter:
         self.orders = ChannelOrders(program, self._fusion)
 
     def build(self) -> None:
+        self._order = {node: position for position, node in enumerate(self.program.graph.nodes)}
+        self._in_lists = self._spans_in_lists()
         self._in_groups = {name for name in self._producers.values() if self._runs_in_groups(name)}
         for node in self.program.graph.nodes:
             self._emit(node)
         self.graph.lint()
+
+    def _spans_in_lists(self) -> set[str]:
+        """Spans whose decisions are lists also on a host, as dynamic groups want them, and those that they lead to."""
+        spans = self.program.plan.report.gated
+        found = {name for name in spans if self.orders.is_dynamic(name)}
+        while True:
+            reached = {
+                other
+                for name, span in spans.items()
+                for consumer in span.consumers
+                if consumer in spans and (name in found) != (consumer in found)
+                for other in (name, consumer)
+            }
+            if not reached:
+                return found
+            found |= reached
 
     def _runs_in_groups(self, name: str) -> bool:
         """Whether a span can stay in runs of groups: nothing but its convolution's epilogue before its consumers."""
@@ -66,7 +86,7 @@ class Emitter:
         fused = next(fused for node, fused in self._fusion.fused_at.values() if node is producer)
         if self._fusion.skip_identity(last) is not fused.last or self._fusion.is_masked(producer.args[0]):
             return False
-        if self.model.report.gated[name].granularity < groups.SMALLEST_GROUP or self.orders.is_dynamic(name):
+        if name in self._in_lists:
             return False
         masked = next(node for node in last.users if node.target == "mask_features")
         return all(reader in self._fusion.conv_nodes and reader not in self._producers for reader in masked.users)
@@ -123,15 +143,27 @@ class Emitter:
         residual: fx.Node | None,
     ) -> fx.Node:
         folded = fused.folded
-        masked, name = self._fusion.skip_identity(conv_node.args[0]), self._producers.get(conv_node)
-        x, end = self._value(masked), (geometry_of(folded), fused.activation)
+        name = self._producers.get(conv_node)
+        x, end = self._value(conv_node.args[0]), (geometry_of(folded), fused.activation)
         weight = self._packed(storage(folded.weight, in_active is not None, out_active is not None))
+        self.convs[str(conv_node.target)] = len(self.tensors) - 1
         bias = self._packed_or_none(folded.bias)
+        options: dict[str, Any] = {}
         if name is not None and name in self._in_groups:
-            return self.graph.call_function(sparse.produce_groups, (x, weight, bias, out_active, *end))
-        if in_active is not None and str(masked.args[3]) in self._in_groups:
-            return self.graph.call_function(sparse.consume_groups, (x, weight, bias, in_active, residual, *end))
-        return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end))
+            options["in_runs"] = True
+        if in_active is not None and residual is not None and self._is_last_read(fused):
+            options["overwrite"] = True
+        return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end), options)
+
+    def _is_last_read(self, fused: Fused) -> bool:
+        """Whether a residual is a convolution's own result whose other readers, convolutions and gates, ran before."""
+        residual = self._fusion.skip_identity(fused.residual)
+        if not any(other.last is residual for _, other in self._fusion.fused_at.values()):
+            return False
+        runs_at = {conv: self._order[at] for at, (conv, _) in self._fusion.fused_at.items()}
+        adds = [reader for reader in residual.users if reader not in runs_at and not self._is_gate(reader)]
+        before = all(runs_at.get(reader, 0) < self._order[fused.last] for reader in residual.users)
+        return before and len(adds) == 1 and adds[0] in self._fusion.swallowed
 
     def _dynamic_conv(
         self,
@@ -149,7 +181,7 @@ class Emitter:
         bias = self._packed_or_none(fused.folded.bias)
         if in_active is None and out_active is None:
             dense = (x, weight, bias, residual, from_input, from_result, conv.parts, *end)
-            return self.graph.call_function(regroup.grouped, dense)
+            return self.graph.call_function(regroup.regrouped, dense)
         x, in_active = self._moved_input(conv_node, fused, x, in_active, from_input)
         arguments = (x, weight, bias, in_active, out_active, residual, from_result, conv.parts, *end)
         value = self.graph.call_function(regroup.gated, arguments)
@@ -192,11 +224,8 @@ class Emitter:
         """A grouped convolution outside of every span: dense."""
         weight, bias = self._packed(folded.weight), self._packed_or_none(folded.bias)
         x = self._value(source)
-        arguments = (x, weight, bias, folded.stride, folded.padding, folded.dilation, folded.groups)
-        result = self.graph.call_function(F.conv2d, arguments)
-        if activation == "none":
-            return result
-        return self.graph.call_function(onednn.activate_, (result, activation))
+        arguments = (x, weight, bias, geometry_of(folded), folded.groups, activation)
+        return self.graph.call_function(sparse.grouped, arguments)
 
     def _emit_on_compact(self, node: fx.Node) -> None:
         """An operation inside a span that no convolution swallowed."""
@@ -212,10 +241,11 @@ class Emitter:
             if activations is None:
                 for name, child in module.named_children():
                     if not is_identity(child):
-                        value = self.graph.call_module(f"{node.target}.{name}", (value,))
+                        called = self.graph.get_attr(f"{node.target}.{name}")
+                        value = self.graph.call_function(sparse.each_module, (called, value))
                         value = self._cleared(value, decision, len(affine.scale))
         else:
-            value = self.graph.node_copy(node, self._value)
+            value = self._each(node)
             name = self._span_of_body[node]
             if activation_name(node, module) is None and _moves_zero(node, module):
                 value = self._cleared(value, decision, self.model.report.gated[name].channels)
@@ -225,7 +255,18 @@ class Emitter:
         """Zeros again in the columns that the contract wants zero, after an activation with f(0) != 0."""
         like = next(self.model.parameters())
         ones = torch.ones(channels, dtype=like.dtype, device=like.device)
-        return self._affine(value, ones, torch.zeros_like(ones), decision, "none")
+        arguments = (value, self._packed(ones), self._packed(torch.zeros_like(ones)), decision)
+        return self.graph.call_function(sparse.cleared, arguments)
+
+    def _each(self, node: fx.Node) -> fx.Node:
+        """An operation that acts on each sample and channel by itself, on a compact value."""
+        args, kwargs = fx.map_arg(node.args, self._value), fx.map_arg(node.kwargs, self._value)
+        if node.op == "call_module":
+            called = self.graph.get_attr(str(node.target))
+            return self.graph.call_function(sparse.each_module, (called, *args), kwargs)
+        if node.op == "call_method":
+            return self.graph.call_function(sparse.each_method, (str(node.target), *args), kwargs)
+        return self.graph.call_function(sparse.each(cast(Callable[..., Tensor], node.target)), args, kwargs)
 
     def _emit_gate(self, node: fx.Node) -> None:
         gate = self._fusion.module(node)
@@ -254,6 +295,8 @@ class Emitter:
     def _relabelled(self, name: str, decision: fx.Node) -> fx.Node:
         """A decision in the order in which the channels of its span are stored."""
         order = self.orders.of_span.get(name)
+        if name in self._in_lists:
+            decision = self.graph.call_function(sparse.compacted, (decision,))
         if order is None:
             return decision
         granularity = self.orders.granularity(name, self.model.report.gated[name].granularity)

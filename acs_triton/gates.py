@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +105,15 @@ def _open(layers: nn.ModuleList) -> None:
         nn.init.constant_(layer.bias, OPEN_BIAS)  # type: ignore[arg-type]
 
 
+class OnDevice(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 @contextmanager
-def full_precision(x: Tensor) -> Iterator[None]:
+def full_precision(x: OnDevice) -> Iterator[None]:
     """Autocast off on the device of `x`: a logit rounded to bf16 flips decisions."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):

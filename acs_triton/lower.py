@@ -33,11 +33,13 @@ class LoweredPart:
 
     forward: called as `forward(root, model, tensors, *inputs)`.
     tensors: the packed weights that the graph reads by position.
+    convs: the position of each convolution's weight, by the layer's name.
     """
 
     graph: fx.Graph
     forward: Callable[..., Any]
     tensors: list[Tensor]
+    convs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -91,9 +93,9 @@ def target(device: torch.device) -> tuple[ModuleType, torch.dtype | None]:
 def _reuse(emitter: Emitter, earlier: LoweredPart | None) -> LoweredPart:
     code = str(emitter.graph.python_code("self").src)
     if earlier is None or code != str(earlier.graph.python_code("self").src):
-        return LoweredPart(emitter.graph, compile_graph(emitter.graph), emitter.tensors)
+        return LoweredPart(emitter.graph, compile_graph(emitter.graph), emitter.tensors, emitter.convs)
     if not overwrite(earlier.tensors, emitter.tensors):
-        return LoweredPart(emitter.graph, earlier.forward, emitter.tensors)
+        return LoweredPart(emitter.graph, earlier.forward, emitter.tensors, emitter.convs)
     # The same code, but its nodes may count other channels.
     earlier.graph = emitter.graph
     return earlier

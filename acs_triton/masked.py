@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import sparse
+from .decision import Active
 from .override import GivenMasks, MaskSource, RandomMasks
 from .reference import ActiveChannels
 from .report import ConversionReport
@@ -54,6 +56,14 @@ class MaskedModel(nn.Module):
             active = sparse.compact(forced, known.channels, known.granularity)
         self._record(span, active)
         return active
+
+    def decide_on_host(self, span: str, keep: np.ndarray, granularity: int) -> Active:
+        """`decide` for bool [N, groups] in the memory of the host."""
+        forced = self._caches.forced.get(span)
+        if forced is not None:
+            keep = forced.numpy()
+        self._record(span, torch.from_numpy(keep))
+        return Active(keep, granularity)
 
     def _record(self, span: str, decision: Tensor | ActiveChannels) -> None:
         # Exporting would leave symbolic tensors behind.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import cost, lower
+from . import cost, lower, tune
 from .adopt import AdoptedModule
 from .config import ACSConfig
 from .gated import GatedModel, untraced
@@ -21,12 +21,16 @@ from .state import Caches
 
 @dataclass
 class _ProgramCaches(Caches):
-    """parts_ran, part_runner: traced parts of the network that ran in this forward, and what runs them instead."""
+    """parts_ran, part_runner: traced parts of the network that ran in this forward, and what runs them instead.
+
+    ways: by layer, how its gated convolution runs on a CPU where that was measured.
+    """
 
     programs: Programs | None = None
     lowered: Lowered | None = None
     parts_ran: set[str] = field(default_factory=set)
     part_runner: Callable[[str, tuple[Any, ...]], Any] | None = None
+    ways: dict[str, str] = field(default_factory=dict)
 
 
 class ACSModel(AdoptedModule, GatedModel):
@@ -63,7 +67,9 @@ class ACSModel(AdoptedModule, GatedModel):
         return root.forward(self, self, root.tensors, *args, **kwargs)
 
     def _lower(self, earlier: Lowered | None) -> Lowered:
-        return lower.lower(self, self._programs(), earlier)
+        lowered = lower.lower(self, self._programs(), earlier)
+        tune.apply(lowered, self._caches.ways)
+        return lowered
 
     def _mac_report(self, lowered: Lowered | None) -> cost.MacReport:
         return cost.mac_report(self, self._programs(), self._caches.recorded_input, self.masks(), lowered)
@@ -71,6 +77,27 @@ class ACSModel(AdoptedModule, GatedModel):
     def _cost_loss(self, masks: dict[str, Tensor], target_density: float, target_group_density: float | None) -> Tensor:
         shape = self._caches.recorded_input
         return cost.cost_loss(self, self._programs(), shape, masks, target_density, target_group_density)
+
+    def tune(self, example_input: Tensor) -> dict[str, str]:
+        """Measure which way runs each span fastest on this CPU, at the densities that `example_input` [N, C, H, W]
+        or `override_masks` leads to, and use it from now on.
+
+        Returns the way, "gather", "groups" or "dense", by span name. Without it, a cost model chooses. The choice
+        outlives a change of weights; like every cache it is not in the state dict and not copied by deepcopy.
+        RuntimeError while training or on another device.
+        """
+        with self.set_mode("sparse"):
+            return tune.tune(self, example_input)
+
+    def lowered_now(self, example_input: Tensor) -> Lowered:
+        """The sparse graphs, brought up to date for inputs like this one."""
+        self.lower(example_input)
+        assert self._caches.lowered is not None  # the line above made it
+        return self._caches.lowered
+
+    def remember_ways(self, by_layer: dict[str, str]) -> None:
+        """Use these ways again whenever the model is lowered."""
+        self._caches.ways = by_layer
 
     def run_original(self, inputs: tuple[Any, ...]) -> Any:
         """The original's own forward, for a network that could not be traced; its traced parts come back to us."""

@@ -6,7 +6,9 @@ call, also for small maps, where `torch.conv2d` would leave oneDNN; and weights 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,19 +36,22 @@ _FUSED: dict[str, tuple[str, list[float], str]] = {
 # about this many MACs, aten's matrix product is faster.
 _SMALLEST_MACS = 1_000_000
 _SMALL_MAP = 256
-# Packed weights are true to one input size: at another size they can be thirty times slower.
-_SIZES_KEPT = 4
+# Output channels of a block of a packed weight: vectors of 16 floats, in as many registers as a kernel takes.
+_BLOCKS = (16, 32, 48, 64, 80, 96, 112, 128)
 
 Pair = tuple[int, int]
+Geometry = tuple[Pair, Pair, Pair, int]
+"""Padding, stride, dilation and groups, as the entry points take them."""
 
 
-class Slice(NamedTuple):
-    """`number` slices of a weight along `dimension`, from `first`: for use in packed form only."""
+class Layout(NamedTuple):
+    """How a packed weight lies in memory: [C_out / block, kh, kw, C_in / vector, block, vector], zeros at the ends.
 
-    weight: Tensor
-    dimension: int
-    first: int
-    number: int
+    A depthwise weight is [kh, kw, block], one block for all channels.
+    """
+
+    block: int
+    vector: int
 
 
 class _EntryPoints(NamedTuple):
@@ -54,12 +59,17 @@ class _EntryPoints(NamedTuple):
     convolve_add: Any
     accumulate_: Any
     pack: Any
+    address: Any
+    size: Any
 
 
 def _entry_points() -> _EntryPoints | None:
     try:
         unary, into = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
-        return _EntryPoints(unary.default, unary.binary, into.binary, torch._C._nn.mkldnn_reorder_conv2d_weight)
+        return _EntryPoints(
+            unary.default, unary.binary, into.binary, torch._C._nn.mkldnn_reorder_conv2d_weight,
+            torch.ops.mkldnn.data_ptr.default, torch.ops.mkldnn._nbytes.default,
+        )  # fmt: skip
     except AttributeError:
         return None
 
@@ -82,7 +92,7 @@ def activate_(tensor: Tensor, activation: str) -> Tensor:
 
 def convolve(
     x: Tensor,
-    weight: Tensor | Slice,
+    weight: Tensor,
     bias: Tensor | None,
     stride: Pair,
     padding: Pair,
@@ -90,34 +100,13 @@ def convolve(
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str = "none",
-    keep: bool = False,
 ) -> Tensor:
-    """activation(conv2d(x, weight, bias) + residual), all of one dtype, x and the result channels_last.
-
-    keep: `weight` will be used again at this input size, so its re-ordered form is kept with it.
-    A `Slice` is always kept, and needs `available`.
-    """
-    small = not keep and isinstance(weight, Tensor) and _is_small(x, weight, stride, groups)
-    if small or not available(x.dtype):
-        assert isinstance(weight, Tensor)  # a Slice needs `available`
+    """activation(conv2d(x, weight, bias) + residual), all of one dtype, x and the result channels_last."""
+    if _is_small(x, weight, stride, groups) or not available(x.dtype):
         y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         y = y.contiguous(memory_format=torch.channels_last)
         return activate_(y if residual is None else y.add_(residual), activation)
-    assert _ENTRY_POINTS is not None  # available
-    geometry = (padding, stride, dilation, groups)
-    if isinstance(weight, Slice):
-        weight = _packed(x, weight, geometry)
-    elif keep:
-        weight = _packed(x, Slice(weight, 0, 0, weight.shape[0]), geometry)
-    name, scalars, algorithm = _FUSED[activation]
-    if residual is None:
-        y = _ENTRY_POINTS.convolve(x, weight, bias, *geometry, name, scalars, algorithm)
-        # With one channel or one pixel it may come back in the other format.
-        return y.contiguous(memory_format=torch.channels_last)
-    fused = _fused_after_add(activation)
-    y = _ENTRY_POINTS.convolve_add(x, residual, weight, bias, *geometry, "add", 1.0, fused, [], "")
-    y = y.contiguous(memory_format=torch.channels_last)
-    return y if fused else activate_(y, activation)
+    return run(x, weight, bias, (padding, stride, dilation, groups), residual, activation)
 
 
 def _is_small(x: Tensor, weight: Tensor, stride: Pair, groups: int) -> bool:
@@ -127,15 +116,34 @@ def _is_small(x: Tensor, weight: Tensor, stride: Pair, groups: int) -> bool:
     return weight.numel() * pixels < _SMALLEST_MACS * stride[0] * stride[1]
 
 
-def accumulate_(
-    y: Tensor, x: Tensor, weight: Slice, stride: Pair, padding: Pair, dilation: Pair, activation: str
+def run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, residual: Tensor | None, activation: str
 ) -> Tensor:
-    """activation(y + conv2d(x, weight)), written into y where it can be; needs `available`."""
+    """`convolve` in one call, on a packed weight or a plain one; needs `available`."""
     assert _ENTRY_POINTS is not None  # available
-    geometry = (padding, stride, dilation, 1)
+    if residual is None:
+        y = _ENTRY_POINTS.convolve(x, weight, bias, *geometry, *_FUSED[activation])
+        # With one channel or one pixel it may come back in the other format.
+        return y if y.is_contiguous(memory_format=torch.channels_last) else _channels_last(y)
     fused = _fused_after_add(activation)
-    y = _ENTRY_POINTS.accumulate_(y, x, _packed(x, weight, geometry), None, *geometry, "add", 1.0, fused, [], None)
+    y = _ENTRY_POINTS.convolve_add(x, residual, weight, bias, *geometry, "add", 1.0, fused, [], "")
+    y = y if y.is_contiguous(memory_format=torch.channels_last) else _channels_last(y)
     return y if fused else activate_(y, activation)
+
+
+def accumulate_(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: str
+) -> Tensor:
+    """activation(y + conv2d(x, weight, bias)), written into y where it can be; needs `available`."""
+    assert _ENTRY_POINTS is not None  # available
+    fused = _fused_after_add(activation)
+    y = _ENTRY_POINTS.accumulate_(y, x, weight, bias, *geometry, "add", 1.0, fused, [], None)
+    return y if fused else activate_(y, activation)
+
+
+def accumulates(activation: str) -> bool:
+    """Whether `accumulate_` surely writes the activated result into its first argument."""
+    return activation in ("none", "relu")
 
 
 def _fused_after_add(activation: str) -> str | None:
@@ -143,22 +151,52 @@ def _fused_after_add(activation: str) -> str | None:
     return "relu" if activation == "relu" else None
 
 
-def _packed(x: Tensor, part: Slice, geometry: tuple[Any, ...]) -> Tensor:
-    """The slice in the layout that oneDNN prefers for the size of `x`, remembered on the weight itself."""
-    assert _ENTRY_POINTS is not None  # the caller checked
-    weight, dimension, first, number = part
-    kept: dict[tuple[Any, ...], dict[tuple[int, ...], Tensor]] = weight.__dict__.setdefault("_acs_packed", {})
-    size = (x.shape[0], x.shape[2], x.shape[3], geometry)
-    if size not in kept:
-        while len(kept) >= _SIZES_KEPT:
-            kept.pop(next(iter(kept)))
-        kept[size] = {}
-    # An in-place write to the weight raises its version.
-    which = (weight._version, dimension, first, number)
-    packed = kept[size].get(which)
-    if packed is None:
-        if any(known[0] != weight._version for known in kept[size]):
-            kept[size].clear()
-        plain = weight.detach().narrow(dimension, first, number).contiguous().to_mkldnn()
-        packed = kept[size][which] = _ENTRY_POINTS.pack(plain, *geometry, list(x.shape))
-    return packed
+def _channels_last(y: Tensor) -> Tensor:
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def pack(weight: Tensor, size: tuple[int, int, int], geometry: Geometry) -> Tensor:
+    """A weight [C_out, C_in / groups, kh, kw] in the layout that oneDNN prefers for inputs of `size` (N, H, W).
+
+    At another size it can be thirty times slower. Needs `available`.
+    """
+    assert _ENTRY_POINTS is not None  # available
+    samples, height, width = size
+    shape = [samples, weight.shape[1] * geometry[3], height, width]
+    return _ENTRY_POINTS.pack(weight.detach().contiguous().to_mkldnn(), *geometry, shape)
+
+
+def memory(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of a packed weight as a flat tensor."""
+    assert _ENTRY_POINTS is not None  # it was packed
+    owner = (ctypes.c_char * _ENTRY_POINTS.size(packed)).from_address(int(_ENTRY_POINTS.address(packed)))
+    owner.packed = packed  # the tensor keeps the array alive, and the array the memory
+    return torch.frombuffer(owner, dtype=dtype)
+
+
+@lru_cache(maxsize=4096)
+def layout(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, size: tuple[int, int, int], geometry: Geometry
+) -> Layout | None:
+    """How `pack` lays out weights of this shape, found by packing one; None for a layout that is not known."""
+    # A period that shares no factor with any block; small enough to be exact in bfloat16.
+    numbers = torch.arange(shape[0] * shape[1] * shape[2] * shape[3]).remainder_(251).to(dtype).view(shape)
+    found = memory(pack(numbers, size, geometry), dtype)
+    depthwise = geometry[3] > 1
+    blocks = (-(-shape[0] // 16) * 16, shape[0]) if depthwise else _BLOCKS
+    for block in blocks:
+        known = Layout(block, 1 if depthwise or dtype == torch.float32 else 2)
+        expected = blocked(numbers, known)
+        if expected.numel() == found.numel() and torch.equal(expected.flatten(), found):
+            return known
+    return None
+
+
+def blocked(weight: Tensor, known: Layout) -> Tensor:
+    """A weight in a layout: [C_out / block, kh, kw, C_in / vector, block, vector]."""
+    block, vector = known
+    c_out, c_in, height, width = weight.shape
+    rows, columns = -(-c_out // block), -(-c_in // vector)
+    padded = F.pad(weight, (0, 0, 0, 0, 0, columns * vector - c_in, 0, rows * block - c_out))
+    parts = padded.reshape(rows, block, columns, vector, height, width)
+    return parts.permute(0, 4, 5, 2, 1, 3).contiguous()

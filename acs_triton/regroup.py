@@ -31,7 +31,7 @@ def select(x: Tensor, positions: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).index_select(3, positions).permute(0, 3, 1, 2)
 
 
-def grouped(
+def regrouped(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -44,11 +44,11 @@ def grouped(
 ) -> Tensor:
     """activation(grouped conv2d(x, weight) + bias + residual) on dense tensors, with the moves that did not fold."""
     x = x if from_input is None else select(x, from_input)
-    y = _grouped_conv2d(x, weight, bias, groups, geometry, activation if residual is None else "none")
+    y = sparse.grouped(x, weight, bias, geometry, groups, activation if residual is None else "none")
     return finished(y, residual, from_result, activation)
 
 
-def grouped_on_kernels(
+def regrouped_on_kernels(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -59,7 +59,7 @@ def grouped_on_kernels(
     geometry: Geometry,
     activation: str,
 ) -> Tensor:
-    """`grouped` with a weight from `kernels.pack_grouped`."""
+    """`regrouped` with a weight from `kernels.pack_grouped`."""
     x = x if from_input is None else select(x, from_input)
     y = packed.grouped_conv(x, weight, bias, groups, geometry, activation if residual is None else "none")
     return finished(y, residual, from_result, activation)
@@ -69,18 +69,6 @@ def finished(y: Tensor, residual: Tensor | None, from_result: Tensor | None, act
     """A result in the order in which it is stored; `activation` comes after the residual, where there is one."""
     y = y if from_result is None else select(y, from_result)
     return y if residual is None else onednn.activate_(y + residual, activation)
-
-
-def _grouped_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, geometry: Geometry, activation: str
-) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
-    stride, padding, dilation = geometry
-    options = {"groups": groups, "stride": stride, "padding": padding, "dilation": dilation, "activation": activation}
-    if run_direct(x):
-        return cpu.grouped_conv2d(x, weight, bias, **options, keep=True)  # type: ignore[arg-type]
-    return ops.grouped_conv2d(x, weight, bias, **options)  # type: ignore[arg-type]
 
 
 def gated(
@@ -95,7 +83,7 @@ def gated(
     geometry: Geometry,
     activation: str,
 ) -> Tensor:
-    """`grouped` on active channels; weight [C_out, C_in / parts, kh, kw], x compact where `in_active` is given.
+    """`regrouped` on active channels; weight [C_out, C_in / parts, kh, kw], x compact where `in_active` is given.
 
     The result is compact where `out_active` is given. Only a dense one has `residual` and `from_result`.
     """
@@ -156,8 +144,7 @@ def _gated_on_cpu(
                 if columns is not None and width < kept.shape[1]:
                     kept = select(kept, torch.from_numpy(columns))
                 piece = piece.contiguous(memory_format=torch.channels_last)
-                whole = kept.data_ptr() == weight.data_ptr() and kept.shape == weight.shape
-                y = onednn.convolve(piece, kept, kept_bias, *geometry, activation=activation, keep=whole)
+                y = onednn.convolve(piece, kept, kept_bias, *geometry, activation=activation)
             pieces.append(y)
         if not pieces:
             return some.new_zeros(some.shape[0], 0, *size).contiguous(memory_format=torch.channels_last)

@@ -1,21 +1,30 @@
 """What the lowered graph calls: each function runs one fused step on active channels.
 
-On a CPU, outside of a compiler, a compact tensor is only as wide as it must be; everywhere else it
-has the width of the operators' contract.
+On a CPU, outside of a compiler, decisions are known on the host, and a compact value is `host.Parts`; everywhere else
+it is a tensor with the width of the operators' contract.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, groups, onednn, ops
+from . import cpu, host, onednn, ops, ways
 from ._checks import prepare
+from .conv_weights import ConvWeights, prepared
+from .decision import Active
 from .dispatch import implementation, run_direct
 from .gates import full_precision
+from .host import Parts
 from .ops import ActiveChannels
+from .windows import window_means
 
 if TYPE_CHECKING:
     from .gated import GatedModel
@@ -27,6 +36,36 @@ _MERGED: Geometry = ((4, 4), (2, 2), (2, 2))
 
 
 def conv(
+    x: Tensor | Parts,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_active: ActiveChannels | Active | None,
+    out_active: ActiveChannels | Active | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    in_runs: bool = False,
+    overwrite: bool = False,
+) -> Tensor | Parts:
+    """activation(conv2d(x, weight) + bias + residual) on the active channels.
+
+    in_runs: the readers of the result take `host.Runs`. overwrite: nobody reads the residual later.
+    """
+    dtype = _host_dtype(x, weight)
+    if dtype is not None and not isinstance(out_active, ActiveChannels) and not isinstance(in_active, ActiveChannels):
+        arguments = (x, weight, bias, out_active, residual, geometry, activation, in_runs, overwrite, dtype)
+        seconds = ways.measured()
+        if seconds is None:
+            return _on_host(*arguments)
+        start = time.perf_counter()
+        y = _on_host(*arguments)
+        seconds[id(weight)] = seconds.get(id(weight), 0.0) + time.perf_counter() - start
+        return y
+    assert isinstance(x, Tensor)  # Parts come from the host
+    return _by_operator(x, weight, bias, compacted(in_active), compacted(out_active), residual, geometry, activation)
+
+
+def _by_operator(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -36,17 +75,16 @@ def conv(
     geometry: Geometry,
     activation: str,
 ) -> Tensor:
-    """activation(conv2d(x, weight) + bias + residual) on the active channels."""
     stride, padding, dilation = geometry
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
     if residual is not None and not _is_result_like(residual, x, weight, geometry):
-        alone = conv(x, weight, bias, in_active, out_active, None, geometry, "none")
+        alone = _by_operator(x, weight, bias, in_active, out_active, None, geometry, "none")
         return onednn.activate_(alone + residual, activation)
     if run_direct(x):
         if in_active is None and out_active is None:
             x = x.contiguous(memory_format=torch.channels_last)
-            return onednn.convolve(x, weight, bias, *geometry, 1, residual, activation, keep=True)
+            return onednn.convolve(x, weight, bias, *geometry, 1, residual, activation)
         return cpu.gated_conv2d(
             x, weight, bias, in_active=in_active, out_active=out_active, residual=residual,
             stride=stride, padding=padding, dilation=dilation, activation=activation, tight=True,
@@ -57,34 +95,68 @@ def conv(
     )  # fmt: skip
 
 
-def produce_groups(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_active: ActiveChannels, geometry: Geometry, activation: str
-) -> Tensor | groups.Runs:
-    """`conv` with active outputs, for consumers that call `consume_groups`."""
-    stride, padding, dilation = geometry
-    if run_direct(x) and groups.can_run(x, weight) and int(out_active.count[0]):
-        return groups.produce(x, weight, bias, out_active, stride, padding, dilation, activation)
-    return conv(x, weight, bias, None, out_active, None, geometry, activation)
-
-
-def consume_groups(
-    x: Tensor | groups.Runs,
+def _on_host(
+    x: Tensor | Parts,
     weight: Tensor,
     bias: Tensor | None,
-    in_active: ActiveChannels,
+    out_active: Active | None,
     residual: Tensor | None,
     geometry: Geometry,
     activation: str,
-) -> Tensor:
-    """`conv` with active inputs, on what `produce_groups` returned."""
-    if isinstance(x, Tensor):
-        return conv(x, weight, bias, in_active, None, residual, geometry, activation)
+    in_runs: bool,
+    overwrite: bool,
+    dtype: torch.dtype,
+) -> Tensor | Parts:
     stride, padding, dilation = geometry
-    piece = x.pieces[0]
-    if residual is not None and not _is_result_like(residual, piece, weight, geometry):
-        alone = groups.consume(x, weight, bias, None, stride, padding, dilation, "none")
-        return onednn.activate_(alone + residual, activation)
-    return groups.consume(x, weight, bias, residual, stride, padding, dilation, activation)
+    weights = prepared(weight, bias, (padding, stride, dilation, 1), dtype)
+    if isinstance(x, Parts):
+        if out_active is not None:
+            return host.transform(x, weights, out_active, activation)
+        if residual is None:
+            return host.consume(x, weights, None, activation)
+        if _adds_plainly(residual, weights, x.samples, x.size, dtype):
+            return host.consume(x, weights, residual, activation, overwrite)
+        return onednn.activate_(host.consume(x, weights, None, "none") + residual, activation)
+    x = _in_dtype(x, dtype)
+    if out_active is not None:
+        return host.produce(x, weights, out_active, activation, in_runs)
+    if residual is None or _adds_plainly(residual, weights, x.shape[0], x.shape[2:], dtype):
+        return host.dense(x, weights, residual, activation)
+    return onednn.activate_(host.dense(x, weights, None, "none") + residual, activation)
+
+
+def _host_dtype(x: Tensor | Parts, weight: Tensor) -> torch.dtype | None:
+    """What a convolution of x is computed in where the host runs it, calling oneDNN; None elsewhere."""
+    if isinstance(x, Parts):
+        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if not x.is_cpu or not run_direct(x):
+        return None
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    elif x.dtype != weight.dtype:
+        return None  # the operators say what is wrong
+    else:
+        dtype = x.dtype
+    return dtype if onednn.available(dtype) else None
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _adds_plainly(
+    residual: Tensor, weights: ConvWeights, samples: int, size: Sequence[int], dtype: torch.dtype
+) -> bool:
+    """False where the original's add broadcasts or promotes."""
+    shape = (samples, weights.c_out, *weights.result_size(size[0], size[1]))
+    return residual.dtype == dtype and residual.shape == shape
+
+
+def compacted(active: ActiveChannels | Active | None) -> ActiveChannels | None:
+    """A decision as the operators take it."""
+    if not isinstance(active, Active):
+        return active
+    return cpu.compact_groups(torch.from_numpy(active.keep), active.channels, active.granularity)
 
 
 def _is_result_like(residual: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -96,11 +168,31 @@ def _is_result_like(residual: Tensor, x: Tensor, weight: Tensor, geometry: Geome
     )
 
 
+def grouped(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int, activation: str) -> Tensor:
+    """activation(grouped conv2d(x, weight) + bias), outside of every span."""
+    stride, padding, dilation = geometry
+    dtype = _host_dtype(x, weight)
+    if dtype is not None:
+        weights = prepared(weight, bias, (padding, stride, dilation, groups), dtype)
+        return host.dense(_in_dtype(x, dtype), weights, None, activation)
+    return onednn.activate_(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation)
+
+
 def depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveChannels, geometry: Geometry, activation: str
-) -> Tensor:
+    x: Tensor | Parts,
+    weight: Tensor,
+    bias: Tensor | None,
+    active: ActiveChannels,
+    geometry: Geometry,
+    activation: str,
+) -> Tensor | Parts:
     """activation(depthwise conv2d(x, weight) + bias) on a compact tensor."""
     stride, padding, dilation = geometry
+    if isinstance(x, Parts):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return host.depthwise(
+            x, prepared(weight, bias, (padding, stride, dilation, weight.shape[0]), dtype), activation
+        )
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
     if run_direct(x):
@@ -113,25 +205,62 @@ def depthwise(
     )
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, active: ActiveChannels, activation: str) -> Tensor:
+def affine(x: Tensor | Parts, scale: Tensor, shift: Tensor, active: ActiveChannels, activation: str) -> Tensor | Parts:
     """activation(x * scale + shift) on a compact tensor; columns beyond the count become zeros again."""
+    if isinstance(x, Parts):
+        return host.affine(x, scale, shift, activation)
     if run_direct(x):
         return cpu.gated_affine(x, scale, shift, active=active, activation=activation, tight=True)
     return ops.gated_affine(x, scale, shift, active=active, activation=activation)
 
 
+def cleared(x: Tensor | Parts, ones: Tensor, zeros: Tensor, active: ActiveChannels) -> Tensor | Parts:
+    """Zeros again in the columns that the contract wants zero, after an activation with f(0) != 0."""
+    # On the host those columns meet weights that are zero.
+    return x if isinstance(x, Parts) else affine(x, ones, zeros, active, "none")
+
+
+def each_module(module: Callable[..., Tensor], x: Tensor | Parts, *args: Any, **kwargs: Any) -> Tensor | Parts:
+    """`module`, which acts on each sample and channel by itself, on a compact value."""
+    return x.each(module, *args, **kwargs) if isinstance(x, Parts) else module(x, *args, **kwargs)
+
+
+def each_method(name: str, x: Tensor | Parts, *args: Any, **kwargs: Any) -> Tensor | Parts:
+    """A method of tensors, likewise."""
+    function = getattr(Tensor, name)
+    return x.each(function, *args, **kwargs) if isinstance(x, Parts) else function(x, *args, **kwargs)
+
+
+@cache
+def each(function: Callable[..., Tensor]) -> Callable[..., Tensor | Parts]:
+    """A function of tensors, likewise."""
+
+    def on_each(x: Tensor | Parts, *args: Any, **kwargs: Any) -> Tensor | Parts:
+        return x.each(function, *args, **kwargs) if isinstance(x, Parts) else function(x, *args, **kwargs)
+
+    # The graph's code calls it by this name.
+    on_each.__name__ = on_each.__qualname__ = f"each_{function.__name__}"
+    return on_each
+
+
 def pooled_gate(
     model: GatedModel,
-    x: Tensor,
-    in_active: ActiveChannels | None,
+    x: Tensor | Parts,
+    in_active: ActiveChannels | Active | None,
     w1: Tensor,
     b1: Tensor,
     heads: list[Head],
     spans: list[str],
-) -> tuple[ActiveChannels, ...]:
+) -> tuple[ActiveChannels | Active, ...]:
     """PooledGate with its decision: x [N, C, H, W], dense or compact, to the active channels of each span."""
     with full_precision(x):
-        pooled = x.mean((2, 3), dtype=torch.float32)
+        # A compact tensor does not say which channels its sums are of.
+        if _decides_on_host(x) and not isinstance(in_active, ActiveChannels):
+            total, pixels = host.sums(x)
+            hidden = np.maximum(_linear((total / pixels).numpy(), w1, b1), 0)
+            return _decided(model, hidden, heads, spans)
+        assert isinstance(x, Tensor)  # Parts are on the host
+        pooled, in_active = x.mean((2, 3), dtype=torch.float32), compacted(in_active)
         if run_direct(x):
             active = cpu.gate_head(pooled, w1, b1, heads, in_active=in_active, threshold=model.threshold)
         else:
@@ -141,25 +270,53 @@ def pooled_gate(
 
 def conv_gate(
     model: GatedModel,
-    x: Tensor,
-    in_active: ActiveChannels | None,
+    x: Tensor | Parts,
+    in_active: ActiveChannels | Active | None,
     weight: Tensor,
     bias: Tensor,
     tails: list[tuple[Tensor, Tensor, int, int]],
     spans: list[str],
-) -> tuple[ActiveChannels, ...]:
+) -> tuple[ActiveChannels | Active, ...]:
     """ConvGate with its decision, in two steps: its first two convolutions are one (`fold.merged_convs`, batch norm
     folded), and its last convolution, pool and projection are one matrix on nine window means.
 
     tails: (matrix [groups, 9 * hidden], bias [groups], channels, granularity) of each span.
     """
     with full_precision(x):
-        hidden = conv(x.float(), weight, bias, in_active, None, None, _MERGED, "relu")
-        if run_direct(x):
+        features = x.each(Tensor.float) if isinstance(x, Parts) else x.float()
+        hidden = conv(features, weight, bias, in_active, None, None, _MERGED, "relu")
+        assert isinstance(hidden, Tensor)  # its outputs are not gated
+        if _decides_on_host(x):
+            return _decided(model, window_means(hidden).numpy(), tails, spans)
+        if run_direct(hidden):
             active = cpu.conv_gate_head(hidden, tails, threshold=model.threshold)
         else:
             active = ops.conv_gate_head(hidden, tails, threshold=model.threshold)
     return tuple(model.decide(name, found) for name, found in zip(spans, active, strict=True))
+
+
+def _decides_on_host(x: Tensor | Parts) -> bool:
+    """Whether the convolutions after a gate that reads x run on the host."""
+    if isinstance(x, Parts):
+        return True
+    return x.is_cpu and run_direct(x) and implementation(x.device) is cpu and onednn.available(x.dtype)
+
+
+def _linear(features: np.ndarray, weight: Tensor, bias: Tensor) -> np.ndarray:
+    """features @ weight.T + bias; a product with one vector costs numpy a third of what it costs PyTorch."""
+    matrix = weight.numpy()
+    if features.shape[0] == 1:
+        return (matrix.dot(features[0]) + bias.numpy())[None]
+    return features @ matrix.T + bias.numpy()
+
+
+def _decided(model: GatedModel, features: np.ndarray, heads: list[Head], spans: list[str]) -> tuple[Active, ...]:
+    """The last linear layer of each head and the threshold."""
+    cut = model.logit_threshold
+    decisions = []
+    for (weight, bias, _, granularity), span in zip(heads, spans, strict=True):
+        decisions.append(model.decide_on_host(span, _linear(features, weight, bias) > cut, granularity))
+    return tuple(decisions)
 
 
 def compact(keep: Tensor, channels: int, granularity: int) -> ActiveChannels:

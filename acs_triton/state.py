@@ -38,7 +38,7 @@ class Caches:
     """What can be made again: never in a state dict, dropped by deepcopy and pickle.
 
     record: by span, what the last forward decided: straight-through masks [N, groups] (soft),
-        bool masks [N, groups] (hard) or ActiveChannels (sparse).
+        bool masks [N, groups] (hard, and sparse where the host decides) or ActiveChannels (sparse).
     """
 
     lowered: LoweredState | None = None

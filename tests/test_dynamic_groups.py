@@ -70,7 +70,7 @@ def test_only_gates_are_new_and_the_function_is_the_same() -> None:
     assert type(model.spatial) is DynamicGroupConv2d and model.spatial.groups_now() == 1
     for mode in ("soft", "hard", "sparse"):
         assert_same_output(outputs(model, x, mode), net(x).detach())
-    assert "grouped" not in steps(model)
+    assert "regrouped" not in steps(model)
     missing = model.load_state_dict(original().state_dict(), strict=False)
     assert sorted(missing.missing_keys) == ["shrink.gate", "spatial.gate"] and not missing.unexpected_keys
 
@@ -182,7 +182,7 @@ def test_without_gates_nothing_is_gated_and_the_modes_work() -> None:
     assert model.densities() == {} == model.masks()
     with model.override_masks(density=0.5), torch.no_grad():
         assert_same_output(model(x), outputs(model, x, "hard"))
-    assert steps(model).count("grouped") == len(EVERY)
+    assert steps(model).count("regrouped") == len(EVERY)
 
 
 def test_without_gates_and_groups_there_is_nothing_to_learn() -> None:
@@ -204,7 +204,7 @@ def test_parts_of_an_untraceable_network_get_real_groups() -> None:
     set_groups(model, 0.0)
     assert_same_output(outputs(model, images(), "sparse"), outputs(model, images(), "hard"))
     names = [str(node.target) for node in model._caches.lowered.by_part["block"].graph.nodes]
-    assert any("grouped" in name for name in names)
+    assert any("regrouped" in name for name in names)
 
 
 # ---------------------------------------------------------------------- the law of exactness
@@ -320,8 +320,8 @@ def test_permutations_fold_into_neighbours() -> None:
         called = steps(model)
         assert not {"select", "reorder"} & set(called), called
         if gate == "none":
-            assert called.count("grouped") == 2
-            moved = [node for node in model._caches.lowered.by_part[""].graph.nodes if "grouped" in str(node.target)]
+            assert called.count("regrouped") == 2
+            moved = [node for node in model._caches.lowered.by_part[""].graph.nodes if "regrouped" in str(node.target)]
             # The bottleneck's is in order; the inverted residual's norm does not fold, so its input is selected.
             assert [[value is not None for value in node.args[4:6]] for node in moved] == [[False, False], [True, True]]
         else:
@@ -333,7 +333,7 @@ def test_whole_groups_lower_to_an_ordinary_convolution() -> None:
     model = converted()
     set_groups(model, 1.0)
     check(model)
-    assert not {"grouped", "gated", "relabel"} & set(steps(model))
+    assert not {"regrouped", "gated", "relabel"} & set(steps(model))
 
 
 @pytest.mark.parametrize("gate", ["gap", "none"])

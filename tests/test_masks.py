@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import Residual, assert_same_output, images, outputs, random_masks, randomised
+from networks import Chain, Residual, assert_same_output, images, outputs, random_masks, randomised
 from torch import Tensor
 
 from acs_triton import ACSModel, convert_model
+from acs_triton.override import RandomMasks
 
 MODES = ("soft", "hard", "sparse")
 
@@ -175,3 +176,15 @@ def test_a_failed_forward_leaves_no_stale_record(model: ACSModel) -> None:
     with pytest.raises(ValueError, match="4-D"):
         model(torch.zeros(3))
     assert set(model.masks()) == set(model.report.gated)
+
+
+def test_random_masks_are_the_same_in_numpy_and_in_tensors() -> None:
+    spans = convert_model(Chain(), gate="gap", granularity=4).report.gated
+    for batch, density in ((1, 0.5), (5, 0.3), (2, 1.0), (2, 0.0)):
+        host, tensors = (RandomMasks.checked(density, 7, spans, torch.device("cpu")) for _ in range(2))
+        for _ in range(3):
+            with torch.no_grad():
+                expected = tensors._draw_in_tensors(batch, torch.device("cpu"))
+            drawn = host.draw(batch, torch.device("cpu"))
+            assert all(torch.equal(drawn[name], expected[name]) for name in spans)
+        assert torch.equal(host.forwards, tensors.forwards)

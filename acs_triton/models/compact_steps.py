@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu, ops, packed, regroup, sparse
+from ..dispatch import run_direct
 from ..emit import storage
 from ..fold import Affine, DynamicGroups, merged_convs, norm_affine, window_matrix
 from ..gates import ConvGate, PooledGate, full_precision, projections
@@ -105,10 +106,12 @@ class Convolution:
         """With another bias and activation."""
         weight, end = self.weight, (self.geometry, activation)
         if self.from_result is not None:
-            run = regroup.grouped_on_kernels if self.on_kernels else regroup.grouped
+            run = regroup.regrouped_on_kernels if self.on_kernels else regroup.regrouped
             return run(x, weight, bias, None, None, self.from_result, self.groups, *end)
         if not self.on_kernels:
-            return sparse.conv(x, weight, bias, in_active, out_active, None, *end)
+            y = sparse.conv(x, weight, bias, in_active, out_active, None, *end)
+            assert isinstance(y, Tensor)  # the lists say so
+            return y
         if not self.gated:
             return packed.dense_conv(x, weight, bias, None, *end)
         return packed.conv(x, weight, bias, self.shape, in_active, out_active, None, *end)
@@ -152,10 +155,10 @@ class Reader:
             x = activate_(line, "relu").to(values.dtype)
             return self.conv(x if self.pool is None else self.pool(x))
         assert skipped is not None  # as active
-        if self.conv.on_kernels:
+        if self.conv.on_kernels or not run_direct(values):
             x = ops.gated_affine(values, self.scale, self.shift, active=active, activation="relu")
         else:
-            x = sparse.affine(values, self.scale, self.shift, active, "relu")
+            x = cpu.gated_affine(values, self.scale, self.shift, active=active, activation="relu", tight=True)
         if self.pool is not None:
             x = self.pool(x)
         with full_precision(x):
@@ -198,12 +201,14 @@ class Gate:
 
     def __call__(self, model: GatedModel, features: Features) -> ActiveChannels:
         x, active, _ = features
-        if self.pooled and active is not None and not self.on_kernels and ops.run_direct(x):
+        if self.pooled and active is not None and not self.on_kernels and run_direct(x):
             x = x[:, : int(active.count.max())]
         weights = (self.first, self.shift)
         if not self.on_kernels:
             run = sparse.pooled_gate if self.pooled else sparse.conv_gate
-            (found,) = run(model, x, active, *weights, [(*self.head, *self.sizes)], [self.span])
+            (decided,) = run(model, x, active, *weights, [(*self.head, *self.sizes)], [self.span])
+            found = sparse.compacted(decided)
+            assert found is not None  # a decision
         elif self.pooled:
             (found,) = packed.pooled_gate(model, x, None, active, *weights, *self.head, [self.sizes], [self.span])
         else:

@@ -1,0 +1,320 @@
+"""What oneDNN runs one folded convolution on: its weight packed whole, in runs of groups, or gathered.
+
+Packing is lazy and kept for a few input sizes. None of it is state: it hangs on the lowered weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import onednn, ways
+from .decision import Stretch
+from .onednn import Geometry, Layout
+
+Size = tuple[int, int, int]
+"""Samples, height, width of an input."""
+Fill = Callable[["Buffer", Any, Any], None]
+"""Writes the weight between the active channels of two sides into a buffer."""
+# Packed weights are true to one input size.
+_SIZES_KEPT = 4
+# All gathered weights share buffers of the same shape; a network at one density needs about its own largest layers.
+_BUFFER_BYTES = 256 << 20
+
+
+class Buffer:
+    """A packed weight whose memory is written again at each use."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, size: Size, geometry: Geometry) -> None:
+        # Ordinary tensors also when made inside of inference mode: they are written again outside of it.
+        with torch.inference_mode(False):
+            # Zeros: where a layout is padded, nothing is written later.
+            self.packed = onednn.pack(torch.zeros(shape, dtype=dtype), size, geometry)
+            self.memory = onednn.memory(self.packed, dtype)
+        self._views: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def views(self, *shape: int) -> list[Tensor]:
+        """The memory as tensors of this shape, one after another."""
+        known = self._views.get(shape)
+        if known is None:
+            with torch.inference_mode(False):
+                known = self._views[shape] = list(self.memory.view(-1, *shape))
+        return known
+
+
+class _Pool:
+    """Buffers of one shape and layout that nobody uses now."""
+
+    def __init__(self) -> None:
+        self.free: list[Buffer] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.memory.nbytes for buffer in self.free)
+
+
+_pools: OrderedDict[tuple[object, ...], _Pool] = OrderedDict()
+
+
+def _pool(key: tuple[object, ...]) -> _Pool:
+    """The buffers for a key; the longest unused ones of the others go where all together are too large."""
+    known = _pools.setdefault(key, _Pool())
+    _pools.move_to_end(key)
+    kept = sum(pool.nbytes for pool in _pools.values())
+    for other in list(_pools.values()):
+        if kept <= _BUFFER_BYTES:
+            break
+        kept -= other.nbytes
+        other.free.clear()
+    return known
+
+
+class Recipe(NamedTuple):
+    """How to gather a weight of one shape.
+
+    fill(buffer, into, out) writes the active part of the weight into a buffer that `make` made.
+    """
+
+    pool: _Pool
+    make: Callable[[], Buffer]
+    fill: Fill
+
+
+class Lent(NamedTuple):
+    """A buffer and where to put it back."""
+
+    buffer: Buffer
+    pool: _Pool
+
+    def give_back(self) -> None:
+        self.pool.free.append(self.buffer)
+
+
+class _Forms:
+    """Of one input size: packed weights by (dimension, first channel, number), recipes by (C_in, C_out)."""
+
+    def __init__(self) -> None:
+        self.packed: dict[tuple[int, int, int], Tensor] = {}
+        self.recipes: dict[tuple[int, int], Recipe | None] = {}
+
+
+class ConvWeights:
+    """One folded convolution in one dtype: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None.
+
+    finite: whether zeros times the weight are zeros. tuned: the way that was measured to be fastest, if any.
+    work: cache of its descriptions for the cost model.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> None:
+        self.versions = _versions(weight, bias)
+        self.tuned = ways.tuned(weight)
+        self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.geometry = geometry
+        self.dtype = dtype
+        self.c_out, self.c_in, height, width = weight.shape
+        self.taps = height * width
+        self.depthwise = geometry[3] > 1
+        self.finite = bool(weight.isfinite().all())
+        self._sizes: OrderedDict[Size, _Forms] = OrderedDict()
+        self.work: dict[tuple[object, ...], ways.Work] = {}
+        self._padded_bias: Tensor | None = None
+        self._masters: dict[tuple[object, ...], Tensor] = {}
+
+    def result_size(self, height: int, width: int) -> tuple[int, int]:
+        (top, left), (down, right), (tall, wide), _ = self.geometry
+        rows, columns = self.weight.shape[2:]
+        return (
+            (height + 2 * top - tall * (rows - 1) - 1) // down + 1,
+            (width + 2 * left - wide * (columns - 1) - 1) // right + 1,
+        )
+
+    def whole(self, size: Size) -> Tensor:
+        return self.part(size, 0, 0, self.c_out)
+
+    def part(self, size: Size, dimension: int, first: int, number: int) -> Tensor:
+        """`number` slices along `dimension` from `first`, packed."""
+        packed = self._forms(size).packed
+        known = packed.get((dimension, first, number))
+        if known is None:
+            known = onednn.pack(self.weight.narrow(dimension, first, number), size, self.geometry)
+            packed[dimension, first, number] = known
+        return known
+
+    def gathered_bias(self, out: Stretch) -> Tensor | None:
+        if self.bias is None:
+            return None
+        granularity = out.granularity
+        padded = self._padded_bias
+        if padded is None:
+            with torch.inference_mode(False):
+                padded = self._padded_bias = F.pad(self.bias, (0, granularity)).view(-1, granularity)
+        return padded.index_select(0, out.index(granularity, len(out.padded))).view(-1)
+
+    def gathered(self, size: Size, into: Stretch | None, out: Stretch | None) -> Lent | Tensor:
+        """The weight between the active channels; from a plain tensor where the packed layout is not known."""
+        n_in = self.c_in if into is None else into.width
+        n_out = self.c_out if out is None else out.width
+        recipes = self._forms(size).recipes
+        try:
+            recipe = recipes[n_in, n_out]
+        except KeyError:
+            with torch.inference_mode(False):
+                recipe = recipes[n_in, n_out] = self._recipe(size, n_in, n_out, into, out)
+        if recipe is None:
+            return self._gathered_plain(into, out)
+        try:
+            buffer = recipe.pool.free.pop()
+        except IndexError:  # the first time, or another thread has it
+            buffer = recipe.make()
+        recipe.fill(buffer, into, out)
+        return Lent(buffer, recipe.pool)
+
+    def _recipe(self, size: Size, n_in: int, n_out: int, into: Stretch | None, out: Stretch | None) -> Recipe | None:
+        geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
+        shape = (n_out, n_in, int(self.weight.shape[2]), int(self.weight.shape[3]))
+        layout = onednn.layout(shape, self.dtype, size, geometry)
+        if layout is None or (into is not None and into.granularity % layout.vector):
+            return None
+        if out is None:
+            assert into is not None  # one side is gated
+            fill = self._rows_of_blocks(layout, into)
+        elif not self.depthwise and out.granularity % layout.block == 0:
+            fill = self._whole_blocks(layout, out) if into is None else self._rows_of_some_blocks(layout, into, out)
+        else:
+            fill = self._columns_of_blocks(layout, n_out, into, out)
+        pool = _pool((shape, self.dtype, layout))
+        return Recipe(pool, lambda: Buffer(shape, self.dtype, size, geometry), fill)
+
+    def _rows_of_blocks(self, layout: Layout, into: Stretch) -> Fill:
+        """Rows of [blocks * taps, groups, granularity * block]."""
+        granularity, groups = into.granularity, into.total + 1
+        chunk = granularity * layout.block
+        master = self._master(
+            ("rows", layout, granularity),
+            lambda: onednn.blocked(self._padded(granularity, 0), layout).view(-1, groups, chunk),
+        )
+        blocks = master.shape[0]
+
+        def fill(buffer: Buffer, into: Stretch, _out: None) -> None:
+            (view,) = buffer.views(blocks, len(into.padded), chunk)
+            torch.index_select(master, 1, into.index(granularity, len(into.padded)), out=view)
+
+        return fill
+
+    def _whole_blocks(self, layout: Layout, out: Stretch) -> Fill:
+        """Slices of [groups, the blocks of a group]."""
+        granularity, groups = out.granularity, out.total + 1
+        master = self._master(
+            ("blocks", layout, 0, granularity),
+            lambda: onednn.blocked(self._padded(0, granularity), layout).view(groups, -1),
+        )
+        length = master.shape[1]
+
+        def fill(buffer: Buffer, _into: None, out: Stretch) -> None:
+            (view,) = buffer.views(len(out.padded), length)
+            torch.index_select(master, 0, out.index(granularity, len(out.padded)), out=view)
+
+        return fill
+
+    def _rows_of_some_blocks(self, layout: Layout, into: Stretch, out: Stretch) -> Fill:
+        """Rows of [taps, groups, granularity * block] for each active block."""
+        granularity, block, taps = into.granularity, layout.block, self.taps
+        groups, chunk = into.total + 1, granularity * block
+        master = self._master(
+            ("blocks", layout, granularity, out.granularity),
+            lambda: onednn.blocked(self._padded(granularity, out.granularity), layout).view(-1, taps, groups, chunk),
+        )
+        blocks = list(master)
+
+        def fill(buffer: Buffer, into: Stretch, out: Stretch) -> None:
+            active = into.index(granularity, len(into.padded))
+            views = buffer.views(taps, len(into.padded), chunk)
+            for view, position in zip(views, out.index(block, len(views)).tolist(), strict=True):
+                torch.index_select(blocks[position], 1, active, out=view)
+
+        return fill
+
+    def _columns_of_blocks(self, layout: Layout, n_out: int, into: Stretch | None, out: Stretch) -> Fill:
+        """Columns of [taps * C_in / vector, units, unit * vector], block by block."""
+        block, vector = layout
+        unit = math.gcd(out.granularity, 16 if self.depthwise else block)
+        in_granularity = 0 if into is None else into.granularity
+        whole = self._master(
+            ("columns", vector, in_granularity, out.granularity),
+            lambda: self._columns(self._padded(in_granularity, out.granularity), vector),
+        ).view(-1, (self.c_out + out.granularity) // unit, unit * vector)
+        in_groups = None if into is None else whole.view(self.taps, into.total + 1, -1)
+        columns, chunk, per_block = whole.shape[1], unit * vector, block // unit
+        length = -(-n_out // block) * per_block
+
+        def fill(buffer: Buffer, into: Stretch | None, out: Stretch) -> None:
+            master = whole
+            if into is not None and in_groups is not None:
+                rows = in_groups.index_select(1, into.index(in_granularity, len(into.padded)))
+                master = rows.view(-1, columns, chunk)
+            views, units = buffer.views(master.shape[0], per_block, chunk), out.index(unit, length)
+            if len(views) == 1:
+                torch.index_select(master, 1, units, out=views[0])
+            else:
+                for view, some in zip(views, units.split(per_block), strict=True):
+                    torch.index_select(master, 1, some, out=view)
+
+        return fill
+
+    @staticmethod
+    def _columns(weight: Tensor, vector: int) -> Tensor:
+        """[taps, ceil(C_in / vector), C_out, vector]"""
+        c_out, c_in, height, width = weight.shape
+        columns = -(-c_in // vector)
+        padded = F.pad(weight, (0, 0, 0, 0, 0, columns * vector - c_in))
+        return padded.view(c_out, columns, vector, height, width).permute(3, 4, 1, 0, 2).contiguous()
+
+    def _gathered_plain(self, into: Stretch | None, out: Stretch | None) -> Tensor:
+        in_granularity, out_granularity = (0 if side is None else side.granularity for side in (into, out))
+        weight = self._master(
+            ("plain", in_granularity, out_granularity), lambda: self._padded(in_granularity, out_granularity)
+        )
+        if out is not None:
+            weight = weight.index_select(0, out.index(1, out.width))
+        return weight if into is None else weight.index_select(1, into.index(1, into.width))
+
+    def _padded(self, in_granularity: int, out_granularity: int) -> Tensor:
+        """The weight with a group of zeros at the end of each gated side."""
+        return F.pad(self.weight, (0, 0, 0, 0, 0, in_granularity, 0, out_granularity))
+
+    def _master(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A form of the weight to gather from, made once."""
+        known = self._masters.get(key)
+        if known is None:
+            with torch.inference_mode(False):
+                known = self._masters[key] = make()
+        return known
+
+    def _forms(self, size: Size) -> _Forms:
+        known = self._sizes.get(size)
+        if known is None:
+            while len(self._sizes) >= _SIZES_KEPT:
+                self._sizes.popitem(last=False)
+            known = self._sizes[size] = _Forms()
+        return known
+
+
+def prepared(weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> ConvWeights:
+    """The packed forms of a lowered weight, made again when it or its bias was written."""
+    kept: dict[torch.dtype, ConvWeights] = weight.__dict__.setdefault("_acs_prepared", {})
+    known = kept.get(dtype)
+    if known is None or known.versions != _versions(weight, bias):
+        with torch.inference_mode(False), torch.no_grad():
+            known = kept[dtype] = ConvWeights(weight, bias, geometry, dtype)
+    return known
+
+
+def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    return weight._version, 0 if bias is None else bias._version

@@ -1,0 +1,142 @@
+"""Which way runs a gated convolution fastest on a CPU: a cost model with measured constants.
+
+gather  one convolution on the active part of the weight, copied together at each call
+groups  one convolution for each run of active groups, on weights packed once
+dense   the whole convolution, for all samples at once; skipped channels are masked at the end of the span
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+WAYS = ("gather", "groups", "dense")
+
+# Two cores with 512-bit vectors; the choice depends on ratios, which change less from machine to machine.
+# Measured: 3x3 convolutions of 64 @ 56 to 512 @ 7 all run at about 100 of the 115 GMAC/s that the clock allows.
+_MACS_PER_US = 100e3
+# Measured: one call of a oneDNN convolution on a single pixel.
+_CALL_US = 30.0
+# Measured: weights of 0.15 to 5 MB copied group by group, 7 to 14 GB/s.
+_GATHERED_BYTES_PER_US = 8e3
+# Measured: what each further run that accumulates costs beyond its MACs, its result read and written.
+_ACCUMULATED_BYTES_PER_US = 12e3
+# Measured: `where` on features of 0.1 to 1 MB.
+_MASKED_BYTES_PER_US = 10e3
+# A run that fills no block of registers is computed as wide as one.
+_NARROWEST = 16
+# What a gathered weight costs beyond its bytes: its lists, a few calls of index_select, a bias.
+_COPY_US = 15.0
+
+
+class Work(NamedTuple):
+    """One call of a gated convolution: full and active channels, kernel positions, pixels and bytes of a number.
+
+    runs: (channels of each run) of the side that is gated, or None where both are or groups are too narrow.
+    """
+
+    c_in: int
+    c_out: int
+    kept_in: int
+    kept_out: int
+    taps: int
+    pixels_in: int
+    pixels_out: int
+    itemsize: int
+    runs: tuple[int, ...] | None
+
+
+class Choice(NamedTuple):
+    """A way and its modelled time."""
+
+    way: str
+    microseconds: float
+
+
+@lru_cache(maxsize=4096)
+def fastest(work: Work) -> Choice:
+    """The way with the smallest modelled time."""
+    possible = [way for way in WAYS if way != "groups" or work.runs is not None]
+    return min((Choice(way, _MODELS[way](work)) for way in possible), key=lambda choice: choice.microseconds)
+
+
+def _conv(work: Work, c_in: int, c_out: int) -> float:
+    return _CALL_US + work.taps * work.pixels_out * c_in * c_out / _MACS_PER_US
+
+
+def _gather(work: Work) -> float:
+    copied = work.taps * work.kept_in * work.kept_out * work.itemsize
+    if work.kept_in < work.c_in and work.kept_out < work.c_out:
+        copied *= 2
+    return _conv(work, work.kept_in, work.kept_out) + _COPY_US + copied / _GATHERED_BYTES_PER_US
+
+
+def _dense(work: Work) -> float:
+    masked = work.pixels_in * work.c_in * work.itemsize if work.kept_in < work.c_in else 0
+    return _conv(work, work.c_in, work.c_out) + masked / _MASKED_BYTES_PER_US
+
+
+def _groups(work: Work) -> float:
+    widths = [max(run, _NARROWEST) for run in work.runs or ()]
+    if work.kept_out < work.c_out:
+        return sum(_conv(work, work.c_in, width) for width in widths)
+    again = 2 * work.pixels_out * work.c_out * work.itemsize / _ACCUMULATED_BYTES_PER_US
+    return sum(_conv(work, width, work.c_out) for width in widths) + (len(widths) - 1) * again
+
+
+modelled_dense = lru_cache(maxsize=4096)(_dense)
+_MODELS: dict[str, Callable[[Work], float]] = {"gather": _gather, "groups": _groups, "dense": _dense}
+
+
+_forced: list[str] = []
+_measured: list[dict[int, float]] = []
+
+
+@dataclass
+class Tuned:
+    """The way in which the convolution of a lowered weight was measured to be fastest; None: as modelled."""
+
+    way: str | None = None
+
+
+def tuned(weight: Tensor) -> Tuned:
+    """What was measured for a lowered weight; it hangs on the weight itself."""
+    known: Tuned = weight.__dict__.setdefault("_acs_tuned", Tuned())
+    return known
+
+
+@contextmanager
+def measuring() -> Iterator[dict[int, float]]:
+    """Inside the block, seconds of gated convolutions are added up by the `id` of their lowered weights."""
+    _measured.append({})
+    try:
+        yield _measured[-1]
+    finally:
+        _measured.pop()
+
+
+def measured() -> dict[int, float] | None:
+    """Where `measuring` adds up."""
+    return _measured[-1] if _measured else None
+
+
+def forced() -> str | None:
+    """The way that `forcing` asks for."""
+    return _forced[-1] if _forced else None
+
+
+@contextmanager
+def forcing(way: str) -> Iterator[None]:
+    """Inside the block every gated convolution runs in this way, where it can."""
+    if way not in WAYS:
+        raise ValueError(f"forcing: way must be one of {', '.join(map(repr, WAYS))}, got {way!r}")
+    _forced.append(way)
+    try:
+        yield
+    finally:
+        _forced.pop()
