@@ -381,7 +381,7 @@ def _whole_of(part: Part, stretch: Stretch) -> Tensor:
     samples, channels, height, width = compact.shape
     pixels = compact.permute(0, 2, 3, 1).reshape(-1, channels // stretch.granularity, stretch.granularity)
     whole = pixels.new_zeros(pixels.shape[0], stretch.total, stretch.granularity)
-    whole.index_copy_(1, torch.tensor(stretch.groups), pixels[:, : len(stretch.groups)])
+    whole.index_copy_(1, torch.tensor(stretch.groups, dtype=torch.int64), pixels[:, : len(stretch.groups)])
     return whole.view(samples, height, width, -1).permute(0, 3, 1, 2)
 
 

@@ -299,7 +299,7 @@ def _decides_on_host(x: Tensor | Parts) -> bool:
     """Whether the convolutions after a gate that reads x run on the host."""
     if isinstance(x, Parts):
         return True
-    return x.is_cpu and run_direct(x) and implementation(x.device) is cpu and onednn.available(x.dtype)
+    return x.is_cpu and run_direct(x) and onednn.available(x.dtype)
 
 
 def _linear(features: np.ndarray, weight: Tensor, bias: Tensor) -> np.ndarray:
