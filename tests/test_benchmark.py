@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from acs_triton import ACSModel, cli, convert_model, sparse
-from acs_triton.benchmark import engines, measure, table
+from acs_triton.benchmark import engines, measure, runtimes, table
 from acs_triton.benchmark.engines import Engine, UnavailableError
 from acs_triton.benchmark.gate_time import gate_seconds
 from acs_triton.benchmark.measure import Pass
@@ -238,6 +238,11 @@ def test_no_compiler_leaves_inductor_out(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "compile", compile_nothing)
     with pytest.raises(UnavailableError, match=r"^RuntimeError: No working C\+\+ compiler found in any place$"):
         engines.build("inductor", tiny().eval(), torch.randn(1, *SIZE))
+
+
+def test_workers_of_a_runtime_are_bound_to_cores_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {4, 2, 7}, raising=False)
+    assert [runtimes._worker_cores(threads) for threads in (1, 2, 3, 4)] == ["", "5", "5;8", ""]
 
 
 @pytest.mark.slow
