@@ -67,7 +67,7 @@ def openvino(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _worker_cores(threads: int) -> str:
-    """A core for each thread but the calling one, as ONNX Runtime counts them, from 1; empty where there are too few."""
+    """A core for each thread but the calling one, as ONNX Runtime counts them, from 1; empty where too few exist."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
     return ";".join(str(core + 1) for core in cores[1:threads]) if len(cores) >= threads else ""
 
