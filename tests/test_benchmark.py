@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from acs_triton import ACSModel, cli, convert_model, sparse
-from acs_triton.benchmark import engines, measure, table
+from acs_triton.benchmark import engines, measure, runtimes, table
 from acs_triton.benchmark.engines import Engine, UnavailableError
 from acs_triton.benchmark.gate_time import gate_seconds
 from acs_triton.benchmark.measure import Pass
@@ -219,16 +220,23 @@ def test_pytorch_engines_compute_the_network_and_leave_it_alone(name: str) -> No
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "openvino", "onnxscript"])
-def test_a_missing_package_leaves_its_engines_out(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for known in {"onnxruntime", "openvino", "onnx"} - {package}:
-        monkeypatch.setitem(sys.modules, known, ModuleType(known))
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino", "onnx", "onnxscript"])
+def test_a_missing_package_is_named_with_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "openvino" if package == "openvino" else "onnxruntime"
+    for known in {"onnxruntime", "onnx", "onnxscript"} - {package}:
+        monkeypatch.setitem(sys.modules, known, ModuleType(known))  # installed or not
     monkeypatch.setitem(sys.modules, package, None)
-    name = "onnxruntime" if package == "onnxscript" else package
-    record = measure.measure(setting(engines=(name,), densities=(1.0,)), network=tiny())
-    assert record["missing"] == {name: f"the package {package} is not installed: pip install 'acs-triton[bench]'"}
+    message = f"the package {package} is not installed: pip install 'acs-triton[bench]'"
+    with pytest.raises(UnavailableError, match=re.escape(message)):
+        engines.build(name, tiny().eval(), torch.randn(1, *SIZE))
+
+
+def test_an_engine_that_is_not_here_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    record = measure.measure(setting(engines=("openvino",), densities=(1.0,)), network=tiny())
+    assert list(record["missing"]) == ["openvino"]
     assert set(record["times"]) == {"eager", "gap 4 d=1"}
-    assert f"without {name}: the package {package} is not installed" in table.text("tiny", record)
+    assert "without openvino: the package openvino is not installed" in table.text("tiny", record)
 
 
 def test_no_compiler_leaves_inductor_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +246,11 @@ def test_no_compiler_leaves_inductor_out(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "compile", compile_nothing)
     with pytest.raises(UnavailableError, match=r"^RuntimeError: No working C\+\+ compiler found in any place$"):
         engines.build("inductor", tiny().eval(), torch.randn(1, *SIZE))
+
+
+def test_workers_of_a_runtime_are_bound_to_cores_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {4, 2, 7}, raising=False)
+    assert [runtimes._worker_cores(threads) for threads in (1, 2, 3, 4)] == ["", "5", "5;8", ""]
 
 
 @pytest.mark.slow

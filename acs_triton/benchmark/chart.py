@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ def draw(passes: Mapping[str, Record], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     heights = [_HEAD + _BAR * max(len(record["times"]), 1) + _FOOT for record in passes.values()]
-    total = sum(heights) + 0.5
+    total = sum(heights) + 0.6
     figure = Figure(figsize=(_WIDTH, total), dpi=_DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.02, 1 - 0.25 / total, title, fontsize=9.5, color=_QUIET, va="center")
-    top = total - 0.5
+    lines = textwrap.fill(title, 150)
+    figure.text(0.02, 1 - 0.3 / total, lines, fontsize=9, color=_QUIET, va="center")
+    top = total - 0.6
     for (key, record), height in zip(passes.items(), heights, strict=True):
         rows = (height - _HEAD - _FOOT) / total
         axes = figure.add_axes((0.22, (top - height + _FOOT) / total, 0.6, rows))

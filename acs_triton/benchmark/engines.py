@@ -25,7 +25,7 @@ HOW = {
     EAGER: "PyTorch eager, channels last",
     FOLDED: "PyTorch eager, channels last, batch norms folded",
     INDUCTOR: "torch.compile with freezing, channels last",
-    ONNXRUNTIME: "ONNX Runtime, CPU provider, intra_op threads as torch's, inter_op 1",
+    ONNXRUNTIME: "ONNX Runtime, CPU provider, intra_op threads as torch's and bound to cores, inter_op 1",
     OPENVINO: "OpenVINO, latency hint, INFERENCE_NUM_THREADS as torch's, precision as torch's",
 }
 """The dense engines by name, and what each of them is."""

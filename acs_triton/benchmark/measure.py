@@ -33,9 +33,9 @@ _ROTATION = 4
 """Batches that every engine is called with in turn."""
 _SAMPLE = 0.02
 """Seconds of a sample of eager PyTorch, in calls in a row: enough that the clock and one interruption weigh little."""
-_SETTLE = 0.02
-"""Seconds of rest before a sample: threads of the runtime before it spin for some milliseconds after its last call, and
-where they hold the second core a ResNet-18 takes up to a third longer."""
+_SETTLE = 0.03
+"""Seconds of rest before a sample: threads of the runtime before it spin for up to 15 ms after its last call, and where
+they hold the second core a ResNet-18 takes up to a third longer."""
 _SLOW = 0.5
 """Seconds of a call above which a sample has no call before it that does not count: it would double the pass."""
 _ROUNDS = 200
