@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 
 from acs_triton import ACSModel, convert_model
 from acs_triton.executed import Layer
-from acs_triton.fallback import break_even, dense_spans, seconds_at
+from acs_triton.fallback import Situation, break_even, dense_spans, layer_shape, seconds_at
+from acs_triton.fold import Folded
 from acs_triton.kernels.launch import H100, record
 from acs_triton.kernels.measured import ConvShape, LayerShape, LayerTimes, Table, using
 from acs_triton.state import Expected
@@ -134,6 +136,17 @@ def test_a_layer_is_asked_for_as_it_is(measured):
     assert not any(shape.residual for shape in measured.asked)
     outputs(converted("bottleneck"), images(1, SIZE), "sparse")
     assert measured.asked[-1].residual and measured.asked[-1].samples == 1
+
+
+@pytest.mark.parametrize("change", [{"dynamic": object()}, {"stride": (1, 2)}, {"weight": torch.zeros(4, 4, 3, 1)}])
+def test_what_has_no_row_of_its_own_kind_is_not_looked_up(change):
+    folded = Folded(torch.zeros(4, 4, 3, 3), None, (1, 1), (1, 1), (1, 1), 1)
+    seen = Situation(2, {"a": (5, 6)}, {}, H100)
+    layer, granularity = Layer("a", None, "s"), {"s": 2}
+    assert layer_shape(layer, folded, False, granularity, "fp16", seen) == LayerShape(
+        2, 4, 4, 5, 6, 3, 1, 1, 1, 1, 0, 2, False, "fp16", H100
+    )
+    assert layer_shape(layer, dataclasses.replace(folded, **change), False, granularity, "fp16", seen) is None
 
 
 def test_a_decision_waits_for_a_shape_and_is_then_kept(measured):
