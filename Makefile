@@ -52,7 +52,8 @@ bench: .venv/.installed-bench
 bench-cpu: .venv/.installed-bench
 	$(BIN)/python -m bench.cpu_table $(BENCH_CPU_ARGS)
 
-# All that needs a GPU, within a budget: tests/gpu, ceilings, layers, networks. Tables, and one JSON in bench/results.
+# All that needs a GPU, within a budget, from tests/gpu to training: tables, and one JSON in bench/results. In several
+# calls: BENCH_GPU_ARGS="--budget-minutes 25 --call-minutes 9.5", again and again.
 bench-gpu: $(if $(PYTHON_GPU),,.venv/.installed-bench)
 	$(or $(PYTHON_GPU),$(BIN)/python) -m bench.gpu $(BENCH_GPU_ARGS)
 

@@ -92,7 +92,8 @@ def mac_report(
         ideal = ones * dense if share is None else ones * share.detach().double().cpu() * dense
         total += ideal
         mean = ideal.mean().item()
-        layers[name] = LayerMacs(dense, mean, dense if lowered is None else executed.get(name, mean))
+        runs_dense = lowered is None or not lowered.dense_spans.isdisjoint(shares.spans(name))
+        layers[name] = LayerMacs(dense, mean, executed.get(name, dense if runs_dense else mean))
     gates = counts.gates if lowered is None else _count_gates(model, lowered, input_shape)
     return MacReport(
         dense=sum(layer.dense for layer in layers.values()),
@@ -146,7 +147,7 @@ class _Shares:
 
     def of(self, layer: str) -> Tensor | None:
         """[N], or [1] where it is the same for every sample; None where nothing is left out."""
-        known, spans = self._dynamic.get(layer), self._spans(layer)
+        known, spans = self._dynamic.get(layer), self.spans(layer)
         if known is not None and len(spans) == 2:
             # Active channels meet only inside of a group: the pairs that U connects.
             active_out, active_in = (self._of_channels(span) for span in spans)
@@ -161,9 +162,10 @@ class _Shares:
     def target(self, layer: str, density: float, group_density: float | None) -> float:
         """The share where each span runs at `density`, and each dynamic layer keeps `group_density`."""
         grouped = group_density if group_density is not None and layer in self._dynamic else 1.0
-        return float(grouped * density ** len(self._spans(layer)))
+        return float(grouped * density ** len(self.spans(layer)))
 
-    def _spans(self, layer: str) -> list[str]:
+    def spans(self, layer: str) -> list[str]:
+        """Whose masks a layer's result and its input are under."""
         return [sides[layer] for sides in (self._out, self._in) if layer in sides]
 
     def _of_channels(self, span: str) -> Tensor:
@@ -216,7 +218,7 @@ def _executed(
 
         def run(part: str, inputs: tuple[Any, ...]) -> Any:
             known = lowered.by_part[part]
-            return LaunchReader(model, known.graph, launches, found).run(_AllOpen(model), known.tensors, *inputs)
+            return LaunchReader(model, known.graph, launches, found).run(AllOpen(model), known.tensors, *inputs)
 
         with model.running_parts_with(run):
             run("", (torch.zeros(input_shape, dtype=parameter.dtype, device=parameter.device),))
@@ -226,7 +228,7 @@ def _executed(
 _Graphs = dict[str, tuple[fx.Graph, tuple[Any, ...]]]
 
 
-class _AllOpen:
+class AllOpen:
     """Stands in for the model while counting: every group runs, nothing is recorded."""
 
     threshold = 0.5
@@ -270,7 +272,7 @@ def _node_macs(model: ACSModel, graphs: _Graphs, sample_shape: tuple[int, ...]) 
 
     def run(part: str, inputs: tuple[Any, ...]) -> Any:
         graph, packed = graphs[part]
-        return _Counter(model, graph, counter, macs).run(_AllOpen(model), *packed, *inputs)
+        return _Counter(model, graph, counter, macs).run(AllOpen(model), *packed, *inputs)
 
     # Eval, so that no running statistics move and a batch norm accepts one value per channel.
     with kept_training_flags(model), FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -103,9 +103,7 @@ class Emitter:
                 self._model_node = self._values[node]
                 self._tensors_node = self.graph.placeholder("tensors")
         elif node.op == "call_method" and node.target == "mask_features":
-            _, features, _, name = node.args
-            self._values[node] = self._value(features)
-            self._active[node] = self._decisions[str(name)]
+            self._emit_mask(node)
         elif node.op == "call_module" and str(node.target).startswith("gates."):
             self._emit_gate(node)
         elif node.op == "call_function" and node.target is operator.getitem and self._is_gate(node.args[0]):
@@ -114,6 +112,11 @@ class Emitter:
             self._emit_on_compact(node)
         else:
             self._values[node] = self.graph.node_copy(node, self._value)
+
+    def _emit_mask(self, node: fx.Node) -> None:
+        _, features, _, name = node.args
+        self._values[node] = self._value(features)
+        self._active[node] = self._decisions[str(name)]
 
     def _emit_conv(self, conv_node: fx.Node, fused: Fused) -> None:
         folded, source = fused.folded, conv_node.args[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from . import ops, packed, regroup
+from . import fallback, ops, packed, regroup
 from .emit import Emitter, geometry_of
 from .executed import Layer
 from .fold import Folded
@@ -20,16 +20,26 @@ if TYPE_CHECKING:
     from .model import ACSModel
 
 
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""As the measured table names them; float32 is named by its precision."""
+
+
 class KernelEmitter(Emitter):
     """The graph for the Triton kernels.
 
     kernels: their package. dtype: what autocast computes convolutions in, so that their weights are cast once, here.
+    situation: to decide on which spans run dense, their mask after them; without it those of `kept` do.
     """
 
-    def __init__(self, model: ACSModel, program: Program, kernels: ModuleType, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: ACSModel, program: Program, kernels: ModuleType, dtype: torch.dtype | None,
+        situation: fallback.Situation | None = None, kept: frozenset[str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(model, program)
         self._kernels = kernels
         self._dtype = dtype
+        known = kept or frozenset()
+        self.dense_spans = (known if situation is None else self._decide(situation)) & set(program.plan.report.gated)
         self._sums: dict[fx.Node, fx.Node] = {}
         self._pooled = {
             self._features(node.args[0])
@@ -37,10 +47,52 @@ class KernelEmitter(Emitter):
             if isinstance(self._fusion.module(node), PooledGate)
         }
 
+    def _decide(self, situation: fallback.Situation) -> frozenset[str]:
+        from .kernels.gated_conv2d import conv_precision
+        from .kernels.measured import table
+
+        granularity = {name: span.granularity for name, span in self.model.report.gated.items()}
+        layers = []
+        for conv_node, fused in self._fusion.fused_at.values():
+            layer, folded = self._layer(conv_node), fused.folded
+            if layer.in_span is None and layer.out_span is None:
+                continue
+            like = self._cast(folded.weight[:0])
+            dtype = _DTYPES.get(like.dtype) or ("tf32" if conv_precision() == "tf32" else "fp32")
+            residual = fused.residual is not None
+            shape = fallback.layer_shape(layer, folded, residual, granularity, dtype, situation)
+            layers.append((layer, None if shape is None else table().layers.get(shape)))
+        return fallback.dense_spans(layers, situation.densities)
+
+    def _layer(self, conv_node: fx.Node) -> Layer:
+        """Which spans' masks gate a convolution, whether or not they are among those that run dense."""
+        inside = self._span_of_body.get(conv_node)
+        if inside is not None:
+            return Layer(str(conv_node.target), None, inside)
+        in_span = self._span_read(conv_node) if self._fusion.is_masked(conv_node.args[0]) else None
+        return Layer(str(conv_node.target), in_span, self._producers.get(conv_node))
+
     def _features(self, source: Any) -> fx.Node:
-        """What a gate reads, without its mask."""
+        """What a gate reads, without its mask unless that was applied by then."""
         node: fx.Node = self._fusion.skip_identity(source)
-        return self._fusion.skip_identity(node.args[0]) if self._fusion.is_masked(node) else node
+        if not self._fusion.is_masked(node) or str(node.args[3]) in self.dense_spans:
+            return node
+        return self._fusion.skip_identity(node.args[0])
+
+    def _emit_mask(self, node: fx.Node) -> None:
+        _, features, _, name = node.args
+        if str(name) not in self.dense_spans:
+            super()._emit_mask(node)
+            return
+        channels = self.model.report.gated[str(name)].channels
+        arguments = (self._value(features), self._decisions[str(name)], channels)
+        self._values[node] = self.graph.call_function(packed.keep_active, arguments)
+
+    def _emit_on_compact(self, node: fx.Node) -> None:
+        if self._span_of_body[node] in self.dense_spans:
+            self._values[node] = self.graph.node_copy(node, self._value)
+        else:
+            super()._emit_on_compact(node)
 
     def _conv(
         self,
@@ -51,14 +103,17 @@ class KernelEmitter(Emitter):
         residual: fx.Node | None,
     ) -> fx.Node:
         folded, x, end = fused.folded, self._value(conv_node.args[0]), (geometry_of(fused.folded), fused.activation)
+        layer = self._layer(conv_node)
+        if layer.out_span in self.dense_spans:
+            layer, out_active = layer._replace(out_span=None), None
+        if layer.in_span in self.dense_spans:
+            layer = layer._replace(in_span=None)
         bias = self._packed_or_none(self._cast_or_none(folded.bias))
         if in_active is None and out_active is None:
             weight = self._packed(self._cast(folded.weight).contiguous(memory_format=torch.channels_last))
             return self.graph.call_function(packed.dense_conv, (x, weight, bias, residual, *end))
         weight = self._packed_conv(self._cast(folded.weight), in_active is not None, out_active is not None)
         arguments = (x, weight, bias, tuple(folded.weight.shape), in_active, out_active, residual, *end)
-        in_span = None if in_active is None else self._span_read(conv_node)
-        layer = Layer(str(conv_node.target), in_span, self._producers.get(conv_node))
         # Sums taken here would miss what is written to the result later.
         if fused.last not in self._pooled or fused.last in self._fusion.written:
             value = self.graph.call_function(packed.conv, arguments)
@@ -108,11 +163,14 @@ class KernelEmitter(Emitter):
         return self.graph.call_function(regroup.finished, (value, residual, from_result, fused.activation))
 
     def _depthwise(self, conv_node: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
+        layer = self._layer(conv_node)
+        if layer.out_span in self.dense_spans:
+            return self._grouped(conv_node.args[0], folded, activation)
         x, end = self._value(conv_node.args[0]), (geometry_of(folded), activation)
         weight = self._packed(self._kernels.pack_depthwise(self._cast(folded.weight)))
         bias = self._packed_or_none(self._cast_or_none(folded.bias))
         value = self.graph.call_function(packed.depthwise, (x, weight, bias, active, *end))
-        value.meta["layer"] = Layer(str(conv_node.target), None, self._span_of_body[conv_node])
+        value.meta["layer"] = layer
         return value
 
     def _affine(self, x: fx.Node, scale: Tensor, shift: Tensor, active: fx.Node, activation: str) -> fx.Node:

@@ -178,12 +178,13 @@ class GatedModel(MaskedModel):
 
         A sparse forward does this by itself when it sees that weights or modules changed; call it after
         a change that leaves no trace, such as `p.data.mul_()` or a new `eps` of a batch norm.
-        Runs one sparse forward if `example_input` is given. RuntimeError while training.
+        With `example_input`, decides again for inputs of its shape which spans run dense on a GPU, if any were measured
+        to be faster so, and runs one sparse forward. RuntimeError while training.
         """
         if self.training:
             raise RuntimeError("lower: needs .training False (batch norms are folded), got True; call eval() first")
         self._caches.stale = True
-        self._ensure_lowered()
+        self._ensure_lowered(shape=None if example_input is None else tuple(example_input.shape))
         if example_input is not None:
             with self.set_mode("sparse"), torch.no_grad():
                 self(example_input)
@@ -197,15 +198,18 @@ class GatedModel(MaskedModel):
         """
         return GraphedModel(self, example_input)
 
-    def _ensure_lowered(self, target: tuple[Any, Any] | None = None) -> None:
+    def _ensure_lowered(self, target: tuple[Any, Any] | None = None, shape: tuple[int, ...] | None = None) -> None:
         caches = self._caches
         lowered = caches.lowered
         if (
             lowered is None
             or caches.stale
+            or lowered.undecided
             or (target is not None and (lowered.implementation, lowered.dtype) != target)
             or lowered.sources.changed()
         ):
+            known = shape or caches.recorded_input or None
+            caches.expected = caches.expected._replace(input_shape=known, again=shape is not None)
             caches.lowered = untraced(self._lower, caches.lowered)
             caches.stale = False
             watch_optimizers(self)

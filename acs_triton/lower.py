@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from . import cpu, dispatch
+from . import cpu, dispatch, fallback
 from .emit import Emitter
 from .emit_kernels import KernelEmitter
 from .program import Programs
 from .spans import check_spans
 from .staleness import Sources
-from .state import LoweredState
+from .state import Expected, LoweredState
 from .trace import compile_graph
 
 if TYPE_CHECKING:
@@ -46,21 +46,34 @@ class LoweredPart:
 class Lowered(LoweredState):
     """Sparse graphs by the part they run ("" for the network itself), and what they were made from.
 
+    dense_spans: those that run dense, with their mask behind them; decided for weights of `decided_dtype`.
     gate_macs: cache of `cost`, by input shape without the batch.
     """
 
     by_part: dict[str, LoweredPart]
+    dense_spans: frozenset[str] = frozenset()
+    decided_dtype: torch.dtype | None = None
     gate_macs: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
-def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lowered:
+def lower(model: ACSModel, programs: Programs, earlier: Lowered | None, expected: Expected) -> Lowered:
     """The sparse graphs of `programs` for the weights that `model` has now.
 
     Where a graph is the same as `earlier`'s, the new weights are written into its tensors, so code
-    that was compiled or captured with them sees the change.
+    that was compiled or captured with them sees the change. For the same reason what runs dense stays
+    so, unless the dtype is another one or `expected.again` is set.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device = parameter.device
     implementation, dtype = target(device)
+    decided_dtype = parameter.dtype if dtype is None else dtype
+    kept: frozenset[str] | None = None
+    if earlier is not None and (earlier.implementation, earlier.decided_dtype) == (implementation, decided_dtype):
+        kept = None if earlier.undecided or expected.again else earlier.dense_spans
+    situation, undecided = None, False
+    if implementation is not cpu and kept is None:
+        situation, undecided = _situation(model, programs, expected, device)
+    dense_spans: set[str] = set()
     parts = {}
     for part, program in programs.by_part.items():
         check_spans(model, program.plan)
@@ -69,14 +82,34 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None) -> Lower
             if implementation is cpu:
                 emitter = Emitter(model, program)
             else:
-                emitter = KernelEmitter(model, program, implementation, dtype)
+                emitter = KernelEmitter(model, program, implementation, dtype, situation, kept)
+                dense_spans |= emitter.dense_spans
             emitter.build()
             parts[part] = _reuse(emitter, None if earlier is None else earlier.by_part.get(part))
     sources = Sources.of(model)
     if earlier is not None and all(parts[part] is known for part, known in earlier.by_part.items()):
         earlier.sources, earlier.implementation, earlier.dtype = sources, implementation, dtype
+        earlier.decided_dtype, earlier.undecided = decided_dtype, undecided
         return earlier
-    return Lowered(by_part=parts, sources=sources, implementation=implementation, dtype=dtype)
+    return Lowered(
+        by_part=parts, sources=sources, implementation=implementation, dtype=dtype, undecided=undecided,
+        dense_spans=frozenset(dense_spans), decided_dtype=decided_dtype,
+    )  # fmt: skip
+
+
+def _situation(
+    model: ACSModel, programs: Programs, expected: Expected, device: torch.device
+) -> tuple[fallback.Situation | None, bool]:
+    """What to decide on, if any layer was measured on this chip; and whether the shape of an input is missing."""
+    from .kernels.launch import chip_of
+    from .kernels.measured import table
+
+    chip = chip_of(device)
+    if all(shape.chip != chip for shape in table().layers):
+        return None, False
+    if expected.input_shape is None:
+        return None, True
+    return fallback.situation(model, programs, expected, chip), False
 
 
 def target(device: torch.device) -> tuple[ModuleType, torch.dtype | None]:

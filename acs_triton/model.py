@@ -67,7 +67,7 @@ class ACSModel(AdoptedModule, GatedModel):
         return root.forward(self, self, root.tensors, *args, **kwargs)
 
     def _lower(self, earlier: Lowered | None) -> Lowered:
-        lowered = lower.lower(self, self._programs(), earlier)
+        lowered = lower.lower(self, self._programs(), earlier, self._caches.expected)
         tune.apply(lowered, self._caches.ways)
         return lowered
 
@@ -122,11 +122,13 @@ class ACSModel(AdoptedModule, GatedModel):
     @contextmanager
     def running_parts_with(self, runner: Callable[[str, tuple[Any, ...]], Any]) -> Iterator[None]:
         """Inside the block, `runner(part, inputs)` stands in for `run_part`."""
-        self._caches.part_runner, self._caches.parts_ran = runner, set()
+        caches = self._caches
+        earlier = caches.part_runner, caches.parts_ran
+        caches.part_runner, caches.parts_ran = runner, set()
         try:
             yield
         finally:
-            self._caches.part_runner = None
+            caches.part_runner, caches.parts_ran = earlier
 
     def _programs(self) -> Programs:
         programs = self._caches.programs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 MODES = ("soft", "hard", "sparse")
 
 
+class Expected(NamedTuple):
+    """What sparse forwards are expected to meet.
+
+    input_shape: of a batch [N, C, H, W], None if not known. densities: by span, where a calibration knows better than
+    the configuration's `target_density`. again: decide anew, where an earlier decision would be kept.
+    """
+
+    input_shape: tuple[int, ...] | None = None
+    densities: Mapping[str, float] = {}
+    again: bool = False
+
+
 @dataclass(kw_only=True)
 class LoweredState:
     """What is known of a lowered model, whatever its form.
@@ -26,11 +39,13 @@ class LoweredState:
     sources: what must be unchanged for the packed weights to be true.
     implementation: the module of operators that it is for.
     dtype: what autocast computes in, where the weights are packed in that dtype; None without autocast.
+    undecided: what runs dense is to be decided once an input's shape is known.
     """
 
     sources: Sources
     implementation: ModuleType
     dtype: torch.dtype | None = None
+    undecided: bool = False
 
 
 @dataclass
@@ -39,6 +54,7 @@ class Caches:
 
     record: by span, what the last forward decided: straight-through masks [N, groups] (soft),
         bool masks [N, groups] (hard, and sparse where the host decides) or ActiveChannels (sparse).
+    expected: what lowering may count on.
     """
 
     lowered: LoweredState | None = None
@@ -46,6 +62,7 @@ class Caches:
     record: dict[str, Tensor | ActiveChannels] = field(default_factory=dict)
     recorded_mode: str = ""
     recorded_input: tuple[int, ...] = ()
+    expected: Expected = field(default_factory=Expected)
     override: MaskSource | None = None
     forced: dict[str, Tensor] = field(default_factory=dict)
 

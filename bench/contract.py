@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import triton
+
 from acs_triton.kernels.launch import Launch
 
 from .aot import Compiled, Target
@@ -12,6 +14,9 @@ from .aot import Compiled, Target
 VECTOR = 16  # bytes of the widest asynchronous copy
 MAX_REGISTERS = 255  # of a lane; AMD's matrix units see as many again
 WARP_LANES = 32
+# Copies of one lane in a step for the list of active channels. Before Triton 3.7 each lane fetches every entry that
+# its own vectors need; since then lanes share them.
+LIST_COPIES = 1 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 8
 
 
 def violations(launch: Launch, compiled: Compiled, target: Target) -> list[str]:
@@ -60,7 +65,7 @@ def _product_violations(launch: Launch, compiled: Compiled, target: Target) -> l
     if target.chip.amd or _static_steps(arguments) == 1 or not full_width(arguments):
         return found
     # The only narrow thing to fetch is the list of active channels.
-    wanted, narrow = 0, int(arguments["in_index_ptr"] is not None)
+    wanted, narrow = 0, LIST_COPIES * (arguments["in_index_ptr"] is not None)
     for block in ("BLOCK_M", "BLOCK_N"):
         per_lane = arguments[block] * arguments["BLOCK_K"] * size // (WARP_LANES * launch.num_warps)
         # A tile of less than a vector a lane is spread over all lanes, in one narrower copy each.

@@ -16,23 +16,13 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from .measured import Chip, ConvShape, table
+
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 GATHERS_VECTORS = _TRITON >= (3, 6)
 """Before, the compiler fails at a gather of adjacent 16-bit values: they are gathered one by one, which is slow."""
 _NEWEST_NUMPY = (2, 3)
 """That the interpreter of Triton before 3.7 works with."""
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What a tile choice depends on.
-
-    shared: bytes of shared memory one program may use. processors: how many run side by side. amd: a HIP device.
-    """
-
-    shared: int
-    processors: int
-    amd: bool = False
 
 
 H100 = Chip(shared=227 * 1024, processors=132)
@@ -71,7 +61,6 @@ STEP_LATENCY = 60  # of one step of the main loop that waits for nothing else
 LAUNCH = 2500  # the least that any launch takes; a split sum costs a second one
 
 
-@lru_cache(maxsize=4096)
 def conv_tile(
     *,
     pixels: int,
@@ -89,10 +78,26 @@ def conv_tile(
 ) -> ConvTile:
     """The tile for a convolution with these static shapes; never depends on a mask.
 
+    It is the one that was measured to be fastest, or the first of `conv_candidates`.
+
     pixels: output pixels of a sample. c_in, c_out: channels of one group.
     wide: False where the weight cannot be gathered 16 bytes at a time.
     precision: "tf32" or "ieee", for operands of 4 bytes.
     """
+    precision = precision if element_size == 4 else "tf32"
+    shape = ConvShape(
+        pixels, samples, c_in, c_out, taps, in_gated, out_gated, wide, element_size, precision, chip, groups
+    )  # fmt: skip
+    measured = table().tiles
+    if measured and shape in measured:
+        return ConvTile(**measured[shape])
+    return conv_candidates(shape)[0]
+
+
+@lru_cache(maxsize=4096)
+def conv_candidates(shape: ConvShape) -> tuple[ConvTile, ...]:
+    """Every tile that is considered for these static shapes, the one that the model below finds fastest first."""
+    pixels, samples, c_in, c_out, taps, in_gated, out_gated, wide, element_size, precision, chip, groups = shape
     ieee = element_size == 4 and precision == "ieee"
     # One line of 128 bytes a row; half of it where padding a short list of channels to the block would cost more.
     narrow = c_in < 64 or (in_gated and c_in <= 128)
@@ -121,9 +126,13 @@ def conv_tile(
         }
     else:
         blocks = _blocks(ieee, in_gated, out_gated, wide, c_out if groups > 1 else None)
-    (block_m, block_n), split = min(((block, split) for block in blocks for split in SPLITS), key=nanoseconds)
-    stages = _stages((block_m + block_n) * block_k * element_size, in_gated, chip)
-    return ConvTile(block_m, block_n, block_k, blocks[block_m, block_n], stages, swapped, split)
+    choices = sorted(((block, split) for block in blocks for split in SPLITS), key=nanoseconds)
+    return tuple(
+        ConvTile(
+            *block, block_k, blocks[block], _stages(sum(block) * block_k * element_size, in_gated, chip), swapped, split
+        )
+        for block, split in choices
+    )
 
 
 def _blocks(

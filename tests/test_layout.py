@@ -107,6 +107,7 @@ def test_wheel_and_sdist_hold_kernels_and_reference(checkout: Path, tmp_path: Pa
     expected = {f"acs_triton/{path.name}" for path in (checkout / "acs_triton").glob("*.py")}
     for name in LINKS:
         expected |= {f"acs_triton/{path.relative_to(checkout)}" for path in (checkout / name).rglob("*.py")}
+    expected.add("acs_triton/kernels/measured.json")
     assert {f"acs_triton/{name}/__init__.py" for name in LINKS} <= expected
 
     archive = build(checkout, "build_sdist", tmp_path / "sdist")
@@ -115,7 +116,7 @@ def test_wheel_and_sdist_hold_kernels_and_reference(checkout: Path, tmp_path: Pa
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     for source, output in ((checkout, "wheel"), (unpacked, "wheel-from-sdist")):
         wheel = build(source, "build_wheel", tmp_path / output)
-        held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+        held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".json"))}
         assert expected <= held
         assert {name.partition("/")[0] for name in held} == {"acs_triton"}
 

@@ -172,7 +172,7 @@ class Pass:
         model.set_mode("sparse")
         self._override(model, variant.density)
         if self.setting.tune:
-            _tune(model, self.rotation[0])
+            model.tune(self.rotation[0])
         found = sparse_against_hard(model, self.rotation[0])
         with torch.inference_mode():
             model(self.rotation[0])
@@ -246,10 +246,3 @@ def _settled(engine: timing.Engine, calls: int) -> float:
     time.sleep(_SETTLE)
     engine()
     return timing.wall_clock(engine, calls)
-
-
-def _tune(model: ACSModel, x: Tensor) -> None:
-    tune = getattr(model, "tune", None)
-    if tune is None:
-        raise ValueError("bench: this version of acs_triton has no model.tune; leave --tune out")
-    tune(x)

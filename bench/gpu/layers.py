@@ -7,12 +7,14 @@ each time; a cold one goes through so many sets that nothing it reads is still i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from acs_triton import packed
+from acs_triton.fallback import break_even
 from acs_triton.timing import Engine
 
 from ..baselines import dense_conv
@@ -21,7 +23,7 @@ from ..launches import Conv, seconds
 from ..layers import Layer
 from .clock import Bench, Numbers, without_search
 from .plan import LayerCase
-from .tensors import DTYPES, Buffers, Masks, library, ours, parity, set_bytes, tf32_allowed
+from .tensors import DTYPES, Buffers, Mask, Masks, library, ours, parity, set_bytes, tf32_allowed
 
 COLD_BYTES = 150_000_000
 """More than twice the L2 of an H100 or H200."""
@@ -31,6 +33,8 @@ LEAST_GRAPH = 4e-4
 """Seconds that a warm graph should at least take; long layers are called fewer times."""
 PASSES = ("warm", "cold")
 DENSE, FUSED, EAGER, MASKED, ONES = "cuDNN", "cuDNN fused", "cuDNN eager", "mask multiply", "ours d=1"
+FALLBACK = "dense, then mask"
+"""What lowering puts in place of a layer that loses: see `acs_triton.fallback`."""
 
 
 def measure_layer(case: LayerCase, bench: Bench) -> dict[str, Any]:
@@ -47,13 +51,29 @@ def measure_layer(case: LayerCase, bench: Bench) -> dict[str, Any]:
         record: dict[str, Any] = {
             "network": case.network, "layer": dataclasses.asdict(layer), "batch": case.batch, "dtype": case.dtype,
             "granularity": case.granularity, "parity": {f"{density:g}": each for density, each in found.items()},
-            "times": {},
+            "times": {}, "break_even": {},
         }  # fmt: skip
         if all(each["ok"] for each in found.values()):
             for name in PASSES:
-                record["times"][name] = _pass(case, bench, one, cold=name == "cold")
+                times = record["times"][name] = _pass(case, bench, one, cold=name == "cold")
+                if not bench.dry:
+                    record["break_even"][name] = break_even(fastest_dense(times)[0], gated_seconds(times))
                 bench.finish()
         return record
+
+
+def fastest_dense(times: Mapping[str, Numbers]) -> tuple[float, str]:
+    """Seconds of the fastest way of cuDNN, and which it is."""
+    return min((times[name]["median"], name) for name in (DENSE, FUSED, EAGER) if name in times)
+
+
+def gated_seconds(times: Mapping[str, Numbers], prefix: str = "ours d=") -> dict[float, float]:
+    """Seconds of our kernels, replayed, by density."""
+    return {
+        float(name.removeprefix(prefix)): taken["median"]
+        for name, taken in times.items()
+        if name.startswith(prefix) and not name.endswith("eager")
+    }
 
 
 def _pass(case: LayerCase, bench: Bench, one: Buffers, *, cold: bool) -> dict[str, Numbers]:
@@ -75,7 +95,7 @@ def _pass(case: LayerCase, bench: Bench, one: Buffers, *, cold: bool) -> dict[st
         return run
 
     def dense(way: str) -> Engine:
-        return repeated(lambda i: _library(way, layer.conv, buffers[i % sets]))
+        return repeated(lambda i: library_of(way, layer.conv, buffers[i % sets]))
 
     ways = {name: dense(way) for name, way in ((DENSE, "plain"), (FUSED, "fused")) if way in ways_of(layer, one)}
     engines = {name: bench.captured(engine) for name, engine in ways.items()}
@@ -93,15 +113,29 @@ def _pass(case: LayerCase, bench: Bench, one: Buffers, *, cold: bool) -> dict[st
         if density < 1:
             narrow, cut = pruned(layer, buffers, density)
             engines[f"pruned d={density:g}"] = bench.captured(
-                repeated(lambda i, cut=cut, narrow=narrow: _library(best, narrow, cut[i % sets]))  # type: ignore[misc]
+                repeated(lambda i, cut=cut, narrow=narrow: library_of(best, narrow, cut[i % sets]))  # type: ignore[misc]
             )
+    ends = [Masks.draw(layer, case.batch, 0.5, bench.device).out for _ in range(min(calls, WARM_MASKS))]
+    engines[FALLBACK] = bench.captured(
+        repeated(lambda i: dense_then_mask(layer, buffers[i % sets], ends[i % len(ends)]))
+    )
     if layer.out_granularity and not layer.conv.depthwise:
         masks = [Masks.draw(layer, case.batch, 0.5, bench.device).out for _ in range(min(calls, WARM_MASKS))]
         shown = [mask.mask[:, :, None, None].to(dtype) for mask in masks if mask is not None]
         engines[MASKED] = bench.captured(
-            repeated(lambda i: _library(best, layer.conv, buffers[i % sets]) * shown[i % len(shown)])
+            repeated(lambda i: library_of(best, layer.conv, buffers[i % sets]) * shown[i % len(shown)])
         )
     return bench.measure(engines, per_call=calls)
+
+
+def dense_then_mask(layer: Layer, buffers: Buffers, end: Mask | None) -> Tensor:
+    """What runs for a layer of a span that fell back. A depthwise one is inside of it, so the mask comes later."""
+    conv = layer.conv
+    if conv.depthwise:
+        return library_of("plain", conv, buffers)
+    geometry = ((conv.stride,) * 2, (conv.padding,) * 2, (conv.dilation,) * 2)
+    y = packed.dense_conv(buffers.x, buffers.weight, buffers.bias, buffers.residual, geometry, "relu")
+    return y if end is None else packed.keep_active(y, end.active, conv.out_channels)
 
 
 def calls_and_sets(case: LayerCase, cold: bool, dry: bool) -> tuple[int, int]:
@@ -120,7 +154,7 @@ def ways_of(layer: Layer, buffers: Buffers) -> tuple[str, ...]:
     if not buffers.x.is_cuda:
         return ("plain",)
     try:
-        _library("fused", layer.conv, buffers)
+        library_of("fused", layer.conv, buffers)
     except RuntimeError:
         torch.cuda.synchronize()  # an error of the device, not of the call, must not pass for a missing entry point
         return ("plain",)
@@ -147,5 +181,5 @@ def pruned(layer: Layer, buffers: Sequence[Buffers], density: float) -> tuple[Co
     return narrow, cut
 
 
-def _library(way: str, conv: Conv, buffers: Buffers) -> Tensor:
+def library_of(way: str, conv: Conv, buffers: Buffers) -> Tensor:
     return library(way, conv, buffers.x, buffers.weight, buffers.bias, buffers.residual)

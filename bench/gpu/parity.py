@@ -37,18 +37,31 @@ OPERATORS = {
 """What a test file speaks for; of test_real_layers, test_device and test_sanitizer the names of the tests tell."""
 
 
-def run_parity(seconds: float, *, dry: bool) -> dict[str, Any]:
-    """Counts, failures with their messages, and by operator "passed" or "failed".
+def run_parity(seconds: float, *, dry: bool, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Counts, failures with their messages, by operator "passed" or "failed", and each outcome while any is missing.
 
-    Processes that are not done in time are ended; their tests count as not run.
+    Processes that are not done in time are ended; their tests count as not run. What passed or was skipped
+    in `earlier`, the result of an earlier call, is not run again. A suite that cannot be collected fails everything.
     """
     end = time.monotonic() + seconds
-    tests = [DRY_SUITE] if dry else collect(SUITE)
+    try:
+        tests = [DRY_SUITE] if dry else collect(SUITE)
+    except RuntimeError as error:
+        failure = {"test": SUITE, "outcome": "failed", "message": str(error)}
+        return {**_summary([failure], 1), "operators": dict.fromkeys(sorted({*OPERATORS.values()}), "failed")}
+    known = [each for each in (earlier or {}).get("outcomes", ()) if each["outcome"] != "failed"]
+    finished = {each["test"] for each in known}
     processes = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
     with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
-        parts = [pool.submit(_run, part, Path(folder) / f"{i}.xml", end) for i, part in enumerate(chunks(tests))]
-        outcomes = [outcome for part in parts for outcome in part.result()]
+        wanted = chunks([test for test in tests if test not in finished])
+        parts = [pool.submit(_run, part, Path(folder) / f"{i}.xml", end) for i, part in enumerate(wanted)]
+        outcomes = known + [outcome for part in parts for outcome in part.result()]
+    return _summary(outcomes, len(tests))
+
+
+def _summary(outcomes: list[dict[str, str]], tests: int) -> dict[str, Any]:
     counts = {kind: sum(outcome["outcome"] == kind for outcome in outcomes) for kind in ("passed", "skipped", "failed")}
+    not_run = max(0, tests - len(outcomes))
     operators: dict[str, str] = {}
     for outcome in outcomes:
         name = operator_of(outcome["test"])
@@ -57,7 +70,7 @@ def run_parity(seconds: float, *, dry: bool) -> dict[str, Any]:
         elif outcome["outcome"] == "passed":
             operators.setdefault(name, "passed")
     return {
-        **counts, "not_run": max(0, len(tests) - len(outcomes)),
+        **counts, "not_run": not_run, "outcomes": outcomes if not_run else [],
         "operators": operators, "failures": [each for each in outcomes if each["outcome"] == "failed"],
         "skips": sorted({each["message"] for each in outcomes if each["outcome"] == "skipped"}),
     }  # fmt: skip

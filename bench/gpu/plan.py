@@ -86,7 +86,7 @@ def network_plan(autotune: bool = True) -> list[NetworkCase]:
     named = {"resnet18": "resnet18", "resnet50": "resnet50", "vgg16": "vgg16_bn", "mobilenet_v2": "mobilenet_v2"}
     cases = [
         NetworkCase("resnet18", 32, autotune=autotune), NetworkCase("resnet50", 32, autotune=autotune),
-        NetworkCase("resnet18", 1, autotune=autotune), NetworkCase(named["vgg16"], 32),
+        NetworkCase(named["vgg16"], 32, autotune=autotune), NetworkCase("resnet18", 1, autotune=autotune),
         NetworkCase("mobilenet_v2", 32), NetworkCase("resnet50", 1), NetworkCase("mobilenet_v2", 1),
     ]  # fmt: skip
     known = {(case.network, case.batch) for case in cases}

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from acs_triton.fallback import break_even
 
 from ..ceilings import Ceilings
 from ..compare import Setting, launches
-from ..launches import Conv
-from ..layers import Layer
+from .accept import layer_of
 from .layers import DENSE as LIBRARY
-from .layers import EAGER, FUSED, MASKED
+from .layers import EAGER, FALLBACK, FUSED, MASKED, gated_seconds
 from .networks import DENSE, GATES
-
-Table = list[list[str]]
+from .report_more import more_lines
+from .roofs import ceilings_of
+from .tables import Table, aligned, density_cell, factor, milliseconds
 
 
 def report(content: Mapping[str, Any]) -> str:
@@ -30,15 +28,16 @@ def report(content: Mapping[str, Any]) -> str:
     if content["dry_run"]:
         lines.append("DRY RUN on the CPU: kernels were interpreted, no time was kept")
     lines += ["", *_parity_lines(content["parity"])]
-    ceilings = _ceilings(content["ceilings"])
+    ceilings = ceilings_of(content["ceilings"])
     if content["ceilings"] is not None and not content["dry_run"]:
         lines += ["", *_ceiling_lines(ceilings)]
     for name, pass_name in (("layers, L2 cold", "cold"), ("layers, L2 warm", "warm")):
         rows = _layer_rows(content, pass_name, ceilings)
         if len(rows) > 1:
-            lines += ["", f"{name}: microseconds and speed-up against the fastest dense way of cuDNN", *_aligned(rows)]
+            lines += ["", f"{name}: microseconds and speed-up against the fastest dense way of cuDNN", *aligned(rows)]
     for key, record in content["networks"].items():
         lines += ["", *_network_lines(key, record, content["parity"])]
+    lines += more_lines(content)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -52,18 +51,6 @@ def _parity_lines(parity: Mapping[str, Any] | None) -> list[str]:
     lines += [f"  FAILED {each['test']}: {each['message'].strip().splitlines()[0][:160]}" for each in parity["failures"]
               if each["message"].strip()]  # fmt: skip
     return lines + [f"  skipped: {message[:160]}" for message in parity["skips"]]
-
-
-def _ceilings(found: Mapping[str, Any] | None) -> Ceilings:
-    """Measured where they were; the file is read as `bench.roofline --ceilings` reads it."""
-    known = {name: value for name, value in (found or {}).items() if value is not None and name != "matrix"}
-    rates = {name: value for name, value in (found or {}).get("matrix", {}).items() if value is not None}
-    if "hbm" not in known:
-        return Ceilings()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ceilings.json"
-        path.write_text(json.dumps({**known, "matrix": rates}))
-        return Ceilings.from_json(path)
 
 
 def _ceiling_lines(ceilings: Ceilings) -> list[str]:
@@ -84,7 +71,7 @@ def _layer_rows(content: Mapping[str, Any], pass_name: str, ceilings: Ceilings) 
     head = ["layer", "dense", "by", "ours d=1"]
     for density in densities:
         head += [f"d={density}", "pruned", "bound"] if float(density) < 1 else []
-    rows = [[*head, "mask", "break-even"]]
+    rows = [[*head, "mask", "fallback", "break-even"]]
     for key, record in content["layers"].items():
         rows.append([key, *_layer_cells(record, pass_name, densities, content["parity"], ceilings)])
     return rows
@@ -101,7 +88,7 @@ def _layer_cells(
 ) -> list[str]:  # fmt: skip
     if "error" in record:
         return [f"ERROR: {record['error'][:100]}"]
-    layer = _layer(record["layer"])
+    layer = layer_of(record["layer"])
     operator = "gated_depthwise_conv2d" if layer.conv.depthwise else "gated_conv2d"
     if not all(found["ok"] for found in record["parity"].values()) or failed(parity, operator):
         return ["PARITY FAILED: no speed-up"]
@@ -109,14 +96,15 @@ def _layer_cells(
     dense, by = fastest(times, (LIBRARY, FUSED, EAGER))
     if dense is None:
         return ["not kept"]
-    cells = [f"{1e6 * dense:.1f}", by, _factor(dense, times["ours d=1"])]
+    cells = [f"{1e6 * dense:.1f}", by, factor(dense, times["ours d=1"])]
     setting = Setting(batch=record["batch"], dtype=record["dtype"], ceilings=ceilings, warm=pass_name == "warm")
     for density in densities:
         if float(density) < 1:
             ours = times[f"ours d={density}"]
             bound = setting.seconds(launches(layer, setting, float(density))) / ours["median"]
-            cells += [_factor(dense, ours), _factor(dense, times[f"pruned d={density}"]), f"{100 * bound:.0f}%"]
-    return [*cells, _factor(dense, times[MASKED]) if MASKED in times else "", break_even(dense, times)]
+            cells += [factor(dense, ours), factor(dense, times[f"pruned d={density}"]), f"{100 * bound:.0f}%"]
+    ends = [factor(dense, times[name]) if name in times else "" for name in (MASKED, FALLBACK)]
+    return [*cells, *ends, even(dense, gated_seconds(times))]
 
 
 def fastest(times: Mapping[str, Any], names: Sequence[str]) -> tuple[float | None, str]:
@@ -128,21 +116,10 @@ def fastest(times: Mapping[str, Any], names: Sequence[str]) -> tuple[float | Non
     return known[name], name
 
 
-def break_even(dense: float, times: Mapping[str, Any], prefix: str = "ours d=") -> str:
+def even(dense: float, gated: Mapping[float, float]) -> str:
     """The density at which ours takes as long as the fastest dense way, between the measured ones."""
-    points = sorted(
-        (float(name.removeprefix(prefix)), taken["median"])
-        for name, taken in times.items()
-        if name.startswith(prefix) and not name.endswith("eager")
-    )
-    below = [(density, took) for density, took in points if took <= dense]
-    if not below:
-        return "never faster"
-    (low, fast), above = below[-1], [point for point in points if point[0] > below[-1][0]]
-    if not above:
-        return "always faster"
-    high, slow = above[0]
-    return f"{low + (high - low) * (dense - fast) / (slow - fast):.2f}"
+    found = break_even(dense, gated)
+    return "never faster" if found == 0 else "always faster" if found == 1 else f"{found:.2f}"
 
 
 def _network_lines(key: str, record: Mapping[str, Any], parity: Mapping[str, Any] | None) -> list[str]:
@@ -155,38 +132,14 @@ def _network_lines(key: str, record: Mapping[str, Any], parity: Mapping[str, Any
     host = record["times"].get("host", {})
     rows = [["engine", "ms", "p10", "p90", "speed-up", "host ms", "density"]]
     for name, taken in times.items():
-        milliseconds = [_milliseconds(taken[part]) for part in ("median", "p10", "p90")]
-        gain = "" if dense is None or failed(parity, "networks") else _factor(dense, taken)
-        rows.append([name, *milliseconds, gain, _milliseconds(host.get(name, {}).get("median")),
-                     _density(record["density"].get(name.removesuffix(" eager")))])  # fmt: skip
-    lines += _aligned(rows)
+        taken_ms = [milliseconds(taken[part]) for part in ("median", "p10", "p90")]
+        gain = "" if dense is None or failed(parity, "networks") else factor(dense, taken)
+        rows.append([name, *taken_ms, gain, milliseconds(host.get(name, {}).get("median")),
+                     density_cell(record["density"].get(name.removesuffix(" eager")))])  # fmt: skip
+    lines += aligned(rows)
     lines += [f"  PARITY FAILED: {name}: {found}" for name, found in record["parity"].items() if not found["ok"]]
     if failed(parity, "networks"):
         lines.append("  tests/gpu failed for networks: no speed-up")
     elif dense is not None:
-        lines += [f"  break-even density, {gate}: {break_even(dense, times, f'{gate} d=')}" for gate in GATES]
+        lines += [f"  break-even density, {gate}: {even(dense, gated_seconds(times, f'{gate} d='))}" for gate in GATES]
     return lines
-
-
-def _layer(found: Mapping[str, Any]) -> Layer:
-    return dataclasses.replace(Layer(**found), conv=Conv(**found["conv"]))
-
-
-def _factor(dense: float, taken: Mapping[str, Any]) -> str:
-    return f"{dense / taken['median']:.2f}x"
-
-
-def _milliseconds(value: float | None) -> str:
-    return "" if value is None else f"{1e3 * value:.3f}"
-
-
-def _density(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _aligned(rows: Table) -> list[str]:
-    columns = max(map(len, rows))
-    full = [row + [""] * (columns - len(row)) for row in rows]
-    # A cell that stands for a whole row must not widen its column.
-    widths = [max(len(row[i]) for row in full if i == 0 or len(row[i]) <= 24) for i in range(columns)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in full]

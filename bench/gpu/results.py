@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,15 @@ from typing import Any
 
 import torch
 
+from acs_triton.kernels.launch import chip_of
 from acs_triton.machine import commit
+
+from .schedule import STAGES
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("kernels", "acs_triton", "bench/gpu", "bench/layers.py")
-STAGES = ("parity", "ceilings", "layers", "networks")
+CASES = tuple(stage for stage in STAGES if stage not in ("parity", "ceilings"))
+"""Stages that go through cases and keep a record of each."""
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Results:
 
     path: Path
     content: dict[str, Any] = field(default_factory=dict)
+    _running: tuple[str, float] | None = None
 
     @classmethod
     def open(cls, folder: Path, device: torch.device, *, dry: bool) -> Results:
@@ -47,13 +53,21 @@ class Results:
                 "what": "times in seconds, medians of interleaved samples; null where a time was not kept",
                 "dry_run": dry, "machine": described, "sources": digest, "commit": commit(),
                 "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "clocks": [], "parity": None, "ceilings": None, "layers": {}, "networks": {},
+                "spent": {}, "done": {}, "notes": {}, "clocks": [], "parity": None, "ceilings": None,
+                **{stage: {} for stage in CASES},
             }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         return results
 
+    def begin(self, stage: str, start: float) -> None:
+        """From `start` on, a time of the monotonic clock, seconds are counted as spent on this stage."""
+        self._running = (stage, start - self.content["spent"].get(stage, 0.0))
+
     def save(self) -> None:
         """Write the file in one step, so that a run that is killed leaves a whole one."""
+        if self._running is not None:
+            stage, start = self._running
+            self.content["spent"][stage] = time.monotonic() - start
         whole = self.path.with_suffix(".tmp")
         whole.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(whole, self.path)
@@ -67,6 +81,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """The device and every version that a time may depend on."""
     found: dict[str, Any] = {
         "device": "cpu", "torch": torch.__version__, "triton": _version("triton"), "python": platform.python_version(),
+        "chip": chip_of(device)._asdict(),
     }  # fmt: skip
     if device.type == "cuda":
         known = torch.cuda.get_device_properties(device)
@@ -94,7 +109,8 @@ def digest_of(parts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         place = ROOT / part
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        files = [path for path in sorted(place.rglob("*")) if path.suffix in (".py", ".json")]
+        for path in files if place.is_dir() else [place]:
             digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -1,5 +1,6 @@
 """bench.gpu without a GPU: a dry run writes the whole file, no time among it; what tables say and leave out; errors."""
 
+import argparse
 import json
 import os
 import re
@@ -19,11 +20,14 @@ from bench.gpu import __main__ as driver
 from bench.gpu import parity
 from bench.gpu.clock import Bench, in_turn
 from bench.gpu.gating import gated, images
-from bench.gpu.layers import calls_and_sets
+from bench.gpu.layers import calls_and_sets, gated_seconds
 from bench.gpu.networks import build
 from bench.gpu.plan import LayerCase, layer_plan, network_plan
-from bench.gpu.report import break_even, fastest, report
-from bench.gpu.results import Results
+from bench.gpu.report import even, fastest, report
+from bench.gpu.results import CASES, Results
+from bench.gpu.schedule import STAGES
+from bench.gpu.training import training_plan
+from bench.gpu.tune import tune_plan
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -34,15 +38,16 @@ LAYER = {"name": "conv", "conv": CONV, "in_granularity": 0, "out_granularity": 8
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(folder)]
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(folder), "--plot", str(folder / "roof.png")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "roof.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "dry-run.json").read_text()), done.stdout
 
 
 def times_in(value):
-    """Every median, percentile, rate and floor below."""
+    """Every median, percentile, rate and floor below; the model's bounds are none."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name in ("median", "p10", "p90", "hbm", "l2", "launch_floor") or name in ("fp16", "bf16", "tf32"):
@@ -56,17 +61,32 @@ def test_a_dry_run_writes_everything_but_times(dry_run):
     assert content["dry_run"] is True
     assert set(content["machine"]) >= {"device", "torch", "triton", "python"}
     assert content["parity"]["passed"] == 1 and content["parity"]["failed"] == 0
-    assert [clock["stage"] for clock in content["clocks"]] == ["parity", "ceilings", "layers", "networks"]
-    assert len(content["layers"]) == 2 and len(content["networks"]) == 1
+    assert [clock["stage"] for clock in content["clocks"]] == list(STAGES) == list(content["done"])
+    assert all(content["done"].values()) and not content["notes"]
+    found = {stage: len(content[stage]) for stage in CASES}
+    assert found == {"layers": 2, "profile": 2, "networks": 1, "tune": 1, "training": 1}
+    assert not any("error" in record for stage in CASES for record in content[stage].values())
     for record in content["layers"].values():
         assert set(record["times"]) == {"warm", "cold"}
         for engines in record["times"].values():
-            assert set(engines) >= {"cuDNN", "ours d=0.5", "pruned d=0.5", "ours d=1"}
+            assert set(engines) >= {"cuDNN", "ours d=0.5", "pruned d=0.5", "ours d=1", "dense, then mask"}
         assert all(found["ok"] for found in record["parity"].values())
     (record,) = content["networks"].values()
-    assert set(record["times"]["gpu"]) >= {"eager", "BN folded in a graph", "pruned d=0.5", "mask multiply"}
+    assert set(record["times"]["gpu"]) >= {"eager", "BN folded in a graph", "pruned d=0.5", "mask multiply",
+                                           "random masks d=0.5 eager"}  # fmt: skip
     assert set(record["parity"]) == {"gap d=0.5", "acs d=0.5"}
-    found = list(times_in(content))
+    for record in content["profile"].values():
+        assert set(record["kernels"]) == {"ours d=1", "ours d=0.5", "cuDNN", "dense, then mask"}
+        assert not any(took for kernels in record["kernels"].values() for took in kernels.values())
+        assert {bound["binding"] for bounds in record["bounds"].values() for bound in bounds} == {"floor"}
+    (record,) = content["tune"].values()
+    assert record["before"]["tile"] == record["after"]["tile"] and record["parity"]["0.5"]["ok"]
+    assert len(record["candidates"]) == 2 and record["shape"]["taps"] == 9
+    (record,) = content["training"].values()
+    assert record["parity"]["sparse"]["ok"] and record["accuracy"]["hard"] == record["accuracy"]["sparse"]
+    assert record["macs"]["dense"] > 0 and set(record["times"]["32"]) == {"eager", "BN folded in a graph",
+                                                                          "sparse eager"}  # fmt: skip
+    found = list(times_in({stage: content[stage] for stage in ("ceilings", *CASES)}))
     assert len(found) > 50 and not any(value is not None for value in found)
 
 
@@ -87,6 +107,7 @@ def content_with(layers=None, networks=None, operators=None, failed=0):
     return {
         "dry_run": False, "machine": {"device": "NVIDIA X", "torch": "2", "triton": "3"}, "commit": None,
         "sources": "0" * 12, "ceilings": None, "layers": layers or {}, "networks": networks or {},
+        "spent": {"layers": 61.2}, "done": {}, "notes": {}, "profile": {}, "tune": {}, "training": {},
         "parity": {"passed": 5, "skipped": 0, "failed": failed, "not_run": 0, "operators": operators or {},
                    "failures": [{"test": "a.py::b", "message": "wrong\nby 3"}] * failed, "skips": []},
     }  # fmt: skip
@@ -147,14 +168,18 @@ def test_break_even_and_fastest():
     def at(**densities):
         return {f"ours d={name[1:].replace('_', '.')}": {"median": value} for name, value in densities.items()}
 
-    assert break_even(1.0, at(d0_25=0.5, d0_5=0.9, d1=1.4)) == "0.60"
-    assert break_even(1.0, at(d0_25=2.0, d1=3.0)) == "never faster"
-    assert break_even(1.0, at(d0_25=0.2, d1=0.3)) == "always faster"
+    def told(times):
+        return even(1.0, gated_seconds({**times, "cuDNN": {"median": 1.0}, "ours d=1 eager": {"median": 9.0}}))
+
+    assert told(at(d0_25=0.5, d0_5=0.9, d1=1.4)) == "0.60"
+    assert told(at(d0_25=2.0, d1=3.0)) == "never faster"
+    assert told(at(d0_25=0.2, d1=0.3)) == "always faster"
     assert fastest({"a": {"median": None}}, ("a", "b")) == (None, "")
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--budget-minutes", "0"], "--budget-minutes must be positive, got 0"),
+    (["--call-minutes", "-1"], "--call-minutes must be positive, got -1"),
     ([], "PyTorch sees no GPU here; --dry-run goes through the same steps"),
     (["--report", "absent.json"], "No such file"),
 ])  # fmt: skip
@@ -169,7 +194,7 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, m
 
 def test_a_file_is_continued_and_a_failed_case_does_not_end_the_run(tmp_path):
     bench, ran = Bench(CPU, replays=1), []
-    results = Results(tmp_path / "r.json", {"layers": {"known": {}}})
+    results = Results(tmp_path / "r.json", {"layers": {"known": {"took": 1e-3}}})
 
     def measure(case, bench):
         ran.append(case.key)
@@ -199,14 +224,32 @@ def test_a_gpu_in_an_error_state_ends_the_process_but_not_the_plan(tmp_path, mon
 
 
 def test_a_suite_that_cannot_be_collected_fails_every_operator(tmp_path, monkeypatch):
-    def run_parity(seconds, *, dry):
+    def collect(suite):
         raise RuntimeError("no module named x")
 
-    monkeypatch.setattr(driver, "run_parity", run_parity)
-    results = Results(tmp_path / "r.json", {"clocks": []})
-    assert driver.run_stage("parity", results, Bench(CPU), end=0.0) == 0
+    monkeypatch.setattr(parity, "collect", collect)
+    results = Results(tmp_path / "r.json", {"clocks": [], "spent": {}, "done": {}, "parity": None})
+    assert driver.run_stage("parity", results, Bench(CPU), 0.0, argparse.Namespace()) == 0
     assert results.content["parity"]["operators"]["gated_conv2d"] == "failed"
     assert "no module named x" in report(content_with() | {"parity": results.content["parity"]})
+
+
+def test_only_tests_without_an_outcome_run_again(monkeypatch):
+    monkeypatch.setattr(parity, "collect", lambda suite: [f"tests/gpu/test_gate_head.py::{name}" for name in "abcd"])
+    asked = []
+
+    def run(part, report, end):
+        asked.append([test[-1] for test in part])
+        return [{"test": test, "outcome": "failed" if test[-1] == "b" else "passed", "message": ""}
+                for test in part if test[-1] != "d" or len(asked) > 1]  # fmt: skip
+
+    monkeypatch.setattr(parity, "_run", run)
+    first = parity.run_parity(60, dry=False)
+    assert (first["passed"], first["failed"], first["not_run"]) == (2, 1, 1)
+    second = parity.run_parity(60, dry=False, earlier=first)
+    assert asked == [["a", "b", "c", "d"], ["b", "d"]]
+    assert (second["passed"], second["failed"], second["not_run"]) == (3, 1, 0)
+    assert second["operators"] == {"gates": "failed"} and second["outcomes"] == []
 
 
 def test_results_are_of_one_device_and_one_state_of_the_sources(tmp_path, monkeypatch):
@@ -263,6 +306,10 @@ def test_the_plans_begin_with_what_tells_most():
     assert {case.dtype for case in layers} == {"fp16", "bf16", "tf32"}
     assert {case.batch for case in layers} == {1, 8, 32, 128}
     assert [(case.network, case.batch) for case in networks[:2]] == [("resnet18", 32), ("resnet50", 32)]
+    assert {case.layer.conv.groups for case in tune_plan(layers)} == {1}
+    trained = training_plan(dry=False)
+    assert {(case.gate, case.target) for case in trained[:4]} == {("acs", 0.5), ("gap", 0.5)}
+    assert len({case.key for case in trained}) == len(trained) == 16
 
 
 def test_cold_graphs_read_more_than_any_cache_holds():
