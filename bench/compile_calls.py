@@ -15,11 +15,12 @@ from acs_triton.kernels.compact_channels import compact_channels
 from acs_triton.kernels.conv_gate_head import conv_gate_head
 from acs_triton.kernels.gate_head import gate_head
 from acs_triton.kernels.gated_affine import gated_affine
-from acs_triton.kernels.gated_conv2d import gated_conv2d
+from acs_triton.kernels.gated_conv2d import Geometry, gated_conv2d, run_conv
 from acs_triton.kernels.gated_conv2d_pooled import gated_conv2d_pooled
 from acs_triton.kernels.gated_depthwise_conv2d import gated_depthwise_conv2d
 from acs_triton.kernels.grouped_conv2d import grouped_conv2d
 from acs_triton.kernels.launch import Chip, Launch, record
+from acs_triton.kernels.packing import pack_conv
 from acs_triton.reference.compact_channels import ActiveChannels, padded_channels
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -139,6 +140,21 @@ def _gates(dtype: str) -> Iterator[Call]:
         heads = [_head(9 * channels, 512, 64, dtype), _head(9 * channels, 256, 1, dtype)]
         run = partial(conv_gate_head, _image(8, channels, size, dtype), heads)
         yield Call(f"{channels} at {size}x{size}", dtype, run)
+    for channels, size in ((64, 56), (256, 14), (2048, 7)) if dtype != "fp32" else ():
+        for batch in (1, 32):
+            for form in ("dense", "in"):
+                front = partial(_gate_front, channels, size, batch, form, dtype)
+                yield Call(f"{form}, weight of fp32", dtype, front)
+
+
+def _gate_front(channels: int, size: int, batch: int, form: str, dtype: str) -> None:
+    """The first convolution of an ACS-GN gate, in fp32 on features of 16 bits: see `packed.conv_gate`."""
+    hidden, in_active = 32, None if form == "dense" else _active(batch, channels, 8)
+    weight = torch.empty(hidden, channels, 3, 3, device="meta")
+    x = _image(batch, channels if in_active is None else padded_channels(channels), size, dtype)
+    packed = pack_conv(weight, in_gated=in_active is not None, out_gated=False)
+    geometry = Geometry((4, 4), (2, 2, 2, 2), (2, 2))
+    run_conv(x, packed, weight.new_empty(hidden), None, (channels, hidden), in_active, None, geometry, "relu")
 
 
 def _channelwise(dtype: str) -> Iterator[Call]:
