@@ -59,8 +59,7 @@ def test_every_size_and_number_of_classes(size: int, channels: int, classes: int
     assert model(x).shape == (2, classes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [28, 32, 64, 224])
+@pytest.mark.parametrize("size", [28, 32, 64, pytest.param(224, marks=pytest.mark.slow)])
 def test_the_network_of_the_paper(size: int) -> None:
     model = densenet(size, **{"block_config": (6, 6, 6), "growth_rate": 32, "initial_features": 64, "gate_hidden": 32})
     assert len(model.report.gated) == 17
