@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from acs_triton import DynamicGroupConv2d, convert_model
 from acs_triton.models import ACSDenseNet, acs_densenet
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 FORMS: dict[str, dict[str, object]] = {
     "acs": {},
     "gap": {"gate": "gap"},
