@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from densenets import densenet
 from device_operators import computing_in
 from networks import (
     Chain,
@@ -23,10 +24,11 @@ from networks import (
 )
 from torch import Tensor
 
-from acs_triton import ACSModel, convert_model
+from acs_triton import convert_model
+from acs_triton.gated import GatedModel
 
-Capture = Callable[[ACSModel, Tensor], Callable[[Tensor], Any]]
-"""From a model and an example to a callable; `ACSModel.cuda_graph` on a GPU."""
+Capture = Callable[[GatedModel, Tensor], Callable[[Tensor], Any]]
+"""From a model and an example to a callable; `cuda_graph` of the model on a GPU."""
 TINY = {"chain": Chain, "residual": Residual}
 # What one rounding of an operand costs, in units of the value. Tensors of tf32 are float32.
 ROUNDING = {"fp16": 2.0**-10, "bf16": 2.0**-7, "tf32": 2.0**-10, "fp32": 2.0**-23}
@@ -35,7 +37,9 @@ AGREEMENT = {"fp16": 0.03, "bf16": 0.2, "tf32": 0.01, "fp32": 1e-4}
 
 
 @lru_cache(maxsize=2)
-def _mixed(name: str, gate: str, size: int) -> ACSModel:
+def _mixed(name: str, gate: str, size: int) -> GatedModel:
+    if name == "acs_densenet":
+        return densenet(size, gate=gate)
     if name in TINY:
         torch.manual_seed(0)
         network = randomised(TINY[name](), images(2, size, seed=1)).eval()
@@ -49,8 +53,8 @@ def _mixed(name: str, gate: str, size: int) -> ACSModel:
 
 def gated_network(
     device: torch.device | str, name: str, gate: str = "acs", dtype: torch.dtype = torch.float32, size: int = 64
-) -> ACSModel:
-    """A converted network whose gates decide differently from image to image, about half of the groups open."""
+) -> GatedModel:
+    """A network whose gates decide differently from image to image, about half of the groups open."""
     return copy.deepcopy(_mixed(name, gate, size)).to(device, dtype)
 
 
@@ -86,7 +90,7 @@ def assert_network_parity(actual: Tensor, own: Tensor, exact: Tensor, precision:
     assert error <= 2 * allowed + rounding, f"error {error:.3g}, hard mode's {allowed:.3g}, a rounding {rounding:.3g}"
 
 
-def assert_gates_agree(model: ACSModel, x: Tensor, decided: dict[str, Tensor]) -> None:
+def assert_gates_agree(model: GatedModel, x: Tensor, decided: dict[str, Tensor]) -> None:
     """Sparse mode decided as hard mode does on the same features, but for logits within rounding of the threshold."""
     masks = {name: mask.to(x.device) for name, mask in decided.items()}
     with model.override_masks(masks):
@@ -99,7 +103,7 @@ def assert_gates_agree(model: ACSModel, x: Tensor, decided: dict[str, Tensor]) -
         assert agree[clear].all(), f"{name}: sparse decided otherwise"
 
 
-def set_gates(model: ACSModel, open_share: float, seed: int = 0) -> None:
+def set_gates(model: GatedModel, open_share: float, seed: int = 0) -> None:
     """Gates that keep this share of the groups whatever the input is, lowered again in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -168,7 +172,7 @@ def check_random_masks_change(
     assert all(not torch.equal(seen[i], seen[j]) for i, j in pairs), "a replay repeated the masks of another"
 
 
-def eagerly(model: ACSModel, example: Tensor) -> Callable[[Tensor], Any]:
+def eagerly(model: GatedModel, example: Tensor) -> Callable[[Tensor], Any]:
     """A `Capture` without a graph, for a dry run."""
 
     def run(x: Tensor) -> Any:

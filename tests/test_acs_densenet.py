@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from acs_triton import DynamicGroupConv2d, convert_model
 from acs_triton.models import ACSDenseNet, acs_densenet
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 FORMS: dict[str, dict[str, object]] = {
     "acs": {},
     "gap": {"gate": "gap"},
@@ -59,8 +60,7 @@ def test_every_size_and_number_of_classes(size: int, channels: int, classes: int
     assert model(x).shape == (2, classes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [28, 32, 64, 224])
+@pytest.mark.parametrize("size", [28, 32, 64, pytest.param(224, marks=pytest.mark.slow)])
 def test_the_network_of_the_paper(size: int) -> None:
     model = densenet(size, **{"block_config": (6, 6, 6), "growth_rate": 32, "initial_features": 64, "gate_hidden": 32})
     assert len(model.report.gated) == 17

@@ -44,6 +44,15 @@ def test_inspect_counts_macs(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.25 * dense < ideal < 0.5 * dense
 
 
+def test_inspect_a_network_with_gates_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "acs_densenet", "--gate", "gap", "--granularity", "4", "--input-size", "1x28x28"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^blocks\.0\.layers\.5\.conv2 +32 +4 .* blocks\.0\.transition\.conv$", printed, re.MULTILINE)
+    assert "17 gated, 23 not gated" in printed and "MACs at 1x28x28" in printed
+    assert cli.main(["inspect", "acs_densenet", "--exclude", "blocks.0.*"]) == 2
+    assert "gates of its own" in one_line_error(capsys)
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACS_TRITON_BACKEND", raising=False)
     assert cli.main(["doctor"]) == 0

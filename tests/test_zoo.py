@@ -100,3 +100,13 @@ assert zoo.import_torchvision() is zoo.import_torchvision()
 zoo.build("timm/resnet18"), zoo.build("resnet18")
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_our_own_networks_come_first() -> None:
+    assert zoo.build("acs_densenet", num_classes=7, gate="gap")(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert type(zoo.build("acs_triton/g_resnext50", num_classes=7)).__name__ == "GResNeXt"
+    assert {"acs_triton/acs_densenet", "acs_triton/g_resnext101"} <= set(zoo.names())
+    with pytest.raises(ValueError, match="pretrained"):
+        zoo.build("acs_densenet", pretrained=True)
+    with pytest.raises(ValueError, match="acs_densenet"):
+        zoo.build("acs_triton/densenet")

@@ -18,7 +18,7 @@ class Features(NamedTuple):
     values: dense [N, C, H, W] while `active` is None; then compact, with the width of a layer of as many channels as
         the block will have at its end, so that nothing is copied when features are added.
     active: which of the block's channels are there.
-    skipped: float32 [N, channels that had a mask so far], 1 where one is masked; None with `active`.
+    skipped: float32 [N, channels of the block that have a mask], 1 where one was masked; None with `active`.
     """
 
     values: Tensor
@@ -38,19 +38,21 @@ def append(
         return Features(torch.cat([features.values, new], 1))
     now = ops.run_direct(new) and ops.implementation(new.device) is cpu
     values, active, skipped = features
-    if active is None:
-        values, active = _with_room(values, room, decision.granularity, filled=not now)
-    masked = 1 - decision.to_mask(channels).float()
-    skipped = masked if skipped is None else torch.cat([skipped, masked], 1)
-    count = active.count + decision.count
+    if active is None or skipped is None:
+        values, active, skipped = _with_room(values, room, decision.granularity, filled=not now)
+    # The channels with a mask are the last ones of the block.
+    column = held - (room - skipped.shape[1])
+    grown = ActiveChannels(active.index, active.count + decision.count, active.granularity)
     if now:
         _write(values, active, new, decision, held)
+        _mark_now(skipped, decision, column, channels)
     else:
         _scatter(values, active, new, channels, decision, held, room)
-    return Features(values, ActiveChannels(active.index, count, active.granularity), skipped)
+        skipped[:, column : column + channels] = ~decision.to_mask(channels)
+    return Features(values, grown, skipped)
 
 
-def _with_room(dense: Tensor, room: int, granularity: int, filled: bool) -> tuple[Tensor, ActiveChannels]:
+def _with_room(dense: Tensor, room: int, granularity: int, filled: bool) -> tuple[Tensor, ActiveChannels, Tensor]:
     """Dense features as compact ones, all active. filled: zeros behind them, as the operators' contract wants."""
     samples, channels, height, width = dense.shape
     rows = (torch.zeros if filled else torch.empty)(
@@ -61,7 +63,8 @@ def _with_room(dense: Tensor, room: int, granularity: int, filled: bool) -> tupl
     index = torch.full((samples, padded_channels(room)), room, dtype=torch.int32, device=dense.device)
     index[:, :channels] = torch.arange(channels, dtype=torch.int32, device=dense.device)
     count = torch.full((samples,), channels, dtype=torch.int32, device=dense.device)
-    return values, ActiveChannels(index, count, gcd(channels, granularity))
+    skipped = torch.zeros((samples, room - channels), dtype=torch.float32, device=dense.device)
+    return values, ActiveChannels(index, count, gcd(channels, granularity)), skipped
 
 
 def _write(values: Tensor, active: ActiveChannels, new: Tensor, decision: ActiveChannels, held: int) -> None:
@@ -75,6 +78,13 @@ def _write(values: Tensor, active: ActiveChannels, new: Tensor, decision: Active
         return
     for n, (start, count) in enumerate(zip(starts, counts, strict=True)):
         values[n, start : start + count] = new[n, :count]
+
+
+def _mark_now(skipped: Tensor, decision: ActiveChannels, column: int, channels: int) -> None:
+    marks, kept = skipped.numpy(), decision.index.numpy()
+    marks[:, column : column + channels] = 1
+    for n, count in enumerate(decision.count.tolist()):
+        marks[n, kept[n, :count] + column] = 0
 
 
 def _scatter(

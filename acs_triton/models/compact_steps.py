@@ -162,7 +162,8 @@ class Reader:
         if self.pool is not None:
             x = self.pool(x)
         with full_precision(x):
-            bias = torch.addmm(self.bias, skipped.to(self.bias.dtype), self.constants)
+            masked = skipped[:, : self.constants.shape[0]].to(self.bias.dtype)
+            bias = torch.addmm(self.bias, masked, self.constants)
         if x.shape[0] == 1:
             return self.conv.run(x, bias[0].to(self.conv.weight.dtype), self.activation, active)
         y = self.conv.run(x, None, "none", active)

@@ -18,7 +18,7 @@ def capture(model: ACSModel, x: torch.Tensor):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
-@pytest.mark.parametrize("name, size", [("residual", 12), ("torchvision/resnet18", 64)])
+@pytest.mark.parametrize("name, size", [("residual", 12), ("torchvision/resnet18", 64), ("acs_densenet", 32)])
 def test_replay_with_other_masks(device, name, size, precision):
     check_replay_with_other_masks(device, capture, name, size, precision)
 

@@ -11,7 +11,7 @@ NETWORKS = ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/vgg
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("gate", ["acs", "gap"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, "acs_densenet"])
 def test_sparse_equals_hard(device, name, gate, precision):
     check_network(device, name, gate, precision=precision, samples=5)
 

@@ -91,6 +91,11 @@ def test_network(gate):
     check_network("cpu", "chain", gate, precision="fp16" if gate == "gap" else "fp32", samples=2, size=6)
 
 
+def test_a_network_with_gates_of_its_own():
+    check_network("cpu", "acs_densenet", "gap", precision="fp16", samples=2, size=8)
+    check_replay_with_other_masks("cpu", eagerly, "acs_densenet", 8)
+
+
 def test_replays():
     check_replay_with_other_masks("cpu", eagerly, "chain", 6)
     check_replay_follows_the_input("cpu", eagerly, "gap", "chain", 6)
