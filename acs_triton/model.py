@@ -337,7 +337,7 @@ class ACSModel(AdoptedModule):
         ):
             caches.lowered = _untraced(lower.lower, self, self._programs(), caches.lowered)
             caches.stale = False
-            tune.apply(caches.lowered, caches.ways)
+            _untraced(tune.apply, caches.lowered, caches.ways)
             watch_optimizers(self)
 
     def mark_stale(self) -> None:
