@@ -253,12 +253,13 @@ def pooled_gate(
     spans: list[str],
 ) -> tuple[ActiveChannels | Active, ...]:
     """PooledGate with its decision: x [N, C, H, W], dense or compact, to the active channels of each span."""
+    # A compact tensor does not say which channels its sums are of.
+    if _decides_on_host(x) and not isinstance(in_active, ActiveChannels):
+        # In fp32 under autocast too: no operator here is one that it casts.
+        total, pixels = host.sums(x)
+        hidden = np.maximum(_linear(total.numpy() / pixels, w1, b1), 0)
+        return _decided(model, hidden, heads, spans)
     with full_precision(x):
-        # A compact tensor does not say which channels its sums are of.
-        if _decides_on_host(x) and not isinstance(in_active, ActiveChannels):
-            total, pixels = host.sums(x)
-            hidden = np.maximum(_linear((total / pixels).numpy(), w1, b1), 0)
-            return _decided(model, hidden, heads, spans)
         assert isinstance(x, Tensor)  # Parts are on the host
         pooled, in_active = x.mean((2, 3), dtype=torch.float32), compacted(in_active)
         if run_direct(x):
@@ -304,10 +305,13 @@ def _decides_on_host(x: Tensor | Parts) -> bool:
 
 def _linear(features: np.ndarray, weight: Tensor, bias: Tensor) -> np.ndarray:
     """features @ weight.T + bias; a product with one vector costs numpy a third of what it costs PyTorch."""
-    matrix = weight.numpy()
+    arrays = weight.__dict__.get("_acs_arrays")
+    if arrays is None:
+        arrays = weight.__dict__["_acs_arrays"] = (weight.numpy(), bias.numpy())
+    matrix, offset = arrays
     if features.shape[0] == 1:
-        return (matrix.dot(features[0]) + bias.numpy())[None]
-    return features @ matrix.T + bias.numpy()
+        return (matrix.dot(features[0]) + offset)[None]
+    return features @ matrix.T + offset
 
 
 def _decided(model: GatedModel, features: np.ndarray, heads: list[Head], spans: list[str]) -> tuple[Active, ...]:
