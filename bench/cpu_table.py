@@ -1,6 +1,6 @@
 """The CPU table: networks, batches, densities, groups a layer and both gates, each network and batch in one pass.
 
-    make bench-cpu    or    python -m bench.cpu_table    # about half an hour on two cores; goes on where it was stopped
+    make bench-cpu    or    python -m bench.cpu_table    # 20 minutes on two cores; goes on where it was stopped
     python -m bench.cpu_table --show bench/results/cpu-NAME.json    # its tables in Markdown, nothing is measured
 
 Writes bench/results/cpu-PROCESSOR.json and a chart beside it; a file of other sources or another machine is begun anew.
@@ -29,20 +29,30 @@ from .gpu.results import ROOT, digest_of
 SOURCES = ("acs_triton", "bench/cpu_table.py")
 NETWORKS = ("resnet18", "resnet50", "vgg16_bn:features", "mobilenet_v2")
 BATCHES = (1, 8)
-GRANULARITIES: tuple[int | str, ...] = ("groups:4", "auto", "groups:16", 1)
+GRANULARITIES: tuple[int | str, ...] = ("groups:4", "auto")
 """auto: eight groups a layer in these networks, but for the widest layers of mobilenet_v2."""
-SECONDS = {("resnet18", 1): 75, ("mobilenet_v2", 1): 75, ("vgg16_bn:features", 8): 300}
-"""Of a pass, for ten rounds of its engines or more; the others take the usual ones."""
-USUAL_SECONDS = 120
+IN_FULL = ("resnet18", 1)
+"""The network and batch that is shown at every density and granularity."""
+FULL_DENSITIES, DENSITIES = (0.25, 0.5, 0.75, 1.0), (0.25, 0.5, 1.0)
+FULL_GRANULARITIES: tuple[int | str, ...] = (*GRANULARITIES, "groups:16", 1)
+SECONDS = {("resnet50", 8): 90, ("vgg16_bn:features", 1): 90, ("vgg16_bn:features", 8): 180}
+"""Of a pass, for eight rounds of its engines or more; the others take the usual ones."""
+USUAL_SECONDS = 60
 
 
 def plan(networks: Sequence[str], batches: Sequence[int], options: dict[str, Any]) -> list[Setting]:
     """The passes, shortest networks first."""
-    return [
-        Setting(network=network, batch=batch, **{"seconds": SECONDS.get((network, batch), USUAL_SECONDS)} | options)
-        for network in networks
-        for batch in batches
-    ]
+    passes = []
+    for network in networks:
+        for batch in batches:
+            full = (network, batch) == IN_FULL
+            usual: dict[str, Any] = {
+                "seconds": SECONDS.get((network, batch), USUAL_SECONDS),
+                "densities": FULL_DENSITIES if full else DENSITIES,
+                "granularities": FULL_GRANULARITIES if full else GRANULARITIES,
+            }
+            passes.append(Setting(network=network, batch=batch, **usual | options))
+    return passes
 
 
 def opened(path: Path, threads: int) -> dict[str, Any]:
@@ -67,12 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.cpu_table", description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), metavar="MODEL", help="(%(default)s)")
     parser.add_argument("--batch", nargs="+", type=positive, default=list(BATCHES), metavar="N", help="(%(default)s)")
-    parser.add_argument("--density", nargs="+", type=float, metavar="D", help="(those of acs-triton bench)")
+    parser.add_argument("--density", nargs="+", type=float, metavar="D", help="(as planned for each)")
     parser.add_argument(
         "--gate", nargs="+", choices=tuple(GATE_CLASSES), default=list(GATE_CLASSES), help="(%(default)s)"
     )
-    parser.add_argument("--granularity", nargs="+", type=granularity, default=list(GRANULARITIES), metavar="G",
-                        help="(%(default)s)")  # fmt: skip
+    parser.add_argument("--granularity", nargs="+", type=granularity, metavar="G", help="(as planned for each)")
     parser.add_argument("--threads", type=positive, default=2, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, help="of each pass (as planned for each)")
     parser.add_argument("--tune", action="store_true", help="as in acs-triton bench")
@@ -83,9 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(shown(json.loads(given.show.read_text())))
         return 0
     options = {
-        "gates": tuple(given.gate), "granularities": tuple(given.granularity), "threads": given.threads,
-        "tune": given.tune,
+        "gates": tuple(given.gate), "threads": given.threads, "tune": given.tune,
     }  # fmt: skip
+    if given.granularity:
+        options["granularities"] = tuple(given.granularity)
     if given.density:
         options["densities"] = tuple(given.density)
     if given.seconds:
