@@ -6,8 +6,7 @@ its active channels, in one compact tensor or in the runs of groups that were co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,90 +15,10 @@ from torch import Tensor
 from . import onednn, ways
 from .conv_weights import ConvWeights, Lent
 from .decision import Active, Stretch, aligned_runs
+from .parts import LONGEST_RUN, Part, Parts, Runs, active_of, as_compact, joined, split, whole_of
 
 # A run of fewer channels does not fill a vector register of 16 floats.
 _SMALLEST_GROUP = 16
-# Neighbouring groups share a call in aligned runs of up to this many; each length is packed separately,
-# and with eight groups a layer an all-one mask is one call.
-_LONGEST_RUN = 8
-
-
-class Runs(NamedTuple):
-    """The active channels of a stretch, in pieces [number, channels, H, W]; groups: (first, number) of each."""
-
-    pieces: list[Tensor]
-    groups: list[tuple[int, int]]
-
-
-Part = Tensor | Runs
-
-
-class Parts:
-    """A value inside a span: one part for each stretch of the decision, or `whole`, with all channels of all samples,
-    the skipped ones not masked yet.
-    """
-
-    __slots__ = ("_parts", "active", "whole")
-
-    def __init__(self, active: Active, parts: list[Part] | None, whole: Tensor | None = None) -> None:
-        self.active, self._parts, self.whole = active, parts, whole
-
-    @property
-    def parts(self) -> list[Part]:
-        if self._parts is None:
-            assert self.whole is not None  # one of them is there
-            self._parts = [
-                _active_of(self.whole.narrow(0, stretch.first, stretch.number), stretch)
-                for stretch in self.active.stretches
-            ]
-        return self._parts
-
-    @property
-    def masked(self) -> Tensor:
-        """The dense tensor, with zeros in skipped channels."""
-        if self.whole is None:
-            wholes = [_whole_of(*pair) for pair in zip(self.parts, self.active.stretches, strict=True)]
-            return wholes[0] if len(wholes) == 1 else torch.cat(wholes)
-        if self.active.is_full:
-            return self.whole
-        mask = torch.from_numpy(self.active.keep).repeat_interleave(self.active.granularity, dim=1)
-        return torch.where(mask[:, :, None, None], self.whole, 0)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._piece.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._piece.device
-
-    @property
-    def samples(self) -> int:
-        return int(self.active.keep.shape[0])
-
-    @property
-    def size(self) -> torch.Size:
-        """Height and width."""
-        return self._piece.shape[2:]
-
-    @property
-    def _piece(self) -> Tensor:
-        if self.whole is not None:
-            return self.whole
-        part = self.parts[0]
-        return part if isinstance(part, Tensor) else part.pieces[0]
-
-    def each(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Parts:
-        """`function`, which acts on each sample and channel by itself, on every part."""
-        if self.whole is not None:
-            return Parts(self.active, None, function(self.whole, *args, **kwargs))
-        done: list[Part] = []
-        for part in self.parts:
-            if isinstance(part, Tensor):
-                done.append(function(part, *args, **kwargs))
-            else:
-                done.append(Runs([function(piece, *args, **kwargs) for piece in part.pieces], part.groups))
-        return Parts(self.active, done)
 
 
 def dense(x: Tensor, weights: ConvWeights, residual: Tensor | None, activation: str) -> Tensor:
@@ -118,7 +37,7 @@ def produce(x: Tensor, weights: ConvWeights, out: Active, activation: str, in_ru
     for stretch in out.stretches:
         some = x if len(out.stretches) == 1 else x.narrow(0, stretch.first, stretch.number)
         part = _produced(some, weights, stretch, activation)
-        parts.append(part if in_runs or isinstance(part, Tensor) else _joined(part))
+        parts.append(part if in_runs or isinstance(part, Tensor) else joined(part))
     return Parts(out, parts)
 
 
@@ -130,12 +49,12 @@ def _produced(x: Tensor, weights: ConvWeights, stretch: Stretch, activation: str
     if way == "gather":
         return _gathered(x, weights, None, stretch, None, activation)
     whole = onednn.run(x, weights.whole(size), weights.bias, weights.geometry, None, activation)
-    return whole if stretch.is_full else _active_of(whole, stretch)
+    return whole if stretch.is_full else active_of(whole, stretch)
 
 
 def _in_runs(x: Tensor, weights: ConvWeights, stretch: Stretch, activation: str) -> Runs:
     size, granularity = (x.shape[0], x.shape[2], x.shape[3]), stretch.granularity
-    runs = aligned_runs(tuple(stretch.groups), _LONGEST_RUN)
+    runs = aligned_runs(tuple(stretch.groups), LONGEST_RUN)
     pieces = []
     for first, number in runs:
         packed = weights.part(size, 0, first * granularity, number * granularity)
@@ -157,24 +76,24 @@ def transform(x: Parts, weights: ConvWeights, out: Active, activation: str) -> P
             first = max(stretch.first, into.first)
             number = min(stretch.first + stretch.number, into.first + into.number) - first
             if number > 0:
-                some = _compact(part, into).narrow(0, first - into.first, number)
+                some = as_compact(part, into).narrow(0, first - into.first, number)
                 pieces.append(_transformed(some, weights, into, stretch, activation))
         parts.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
     return Parts(out, parts)
 
 
 def _transformed(part: Part, weights: ConvWeights, into: Stretch, out: Stretch, activation: str) -> Tensor:
-    x = _compact(part, into)
+    x = as_compact(part, into)
     if into.is_full:
         produced = _produced(x, weights, out, activation)
-        return produced if isinstance(produced, Tensor) else _joined(produced)
+        return produced if isinstance(produced, Tensor) else joined(produced)
     if out.is_full:
         return _consumed(x, weights, into, None, activation)
     size = (x.shape[0], x.shape[2], x.shape[3])
     if _way(weights, size, into, out) == "gather":
         return _gathered(x, weights, into, out, None, activation)
-    whole = onednn.run(_whole_of(x, into), weights.whole(size), weights.bias, weights.geometry, None, activation)
-    return _active_of(whole, out)
+    whole = onednn.run(whole_of(x, into), weights.whole(size), weights.bias, weights.geometry, None, activation)
+    return active_of(whole, out)
 
 
 def consume(
@@ -214,11 +133,11 @@ def _consumed(
     size = (piece.shape[0], piece.shape[2], piece.shape[3])
     way = _way(weights, size, stretch, None)
     if isinstance(part, Runs) or way == "groups":
-        runs = part if isinstance(part, Runs) else _split(part, stretch)
+        runs = part if isinstance(part, Runs) else split(part, stretch)
         return _accumulated(runs, weights, stretch, residual, activation, overwrite)
     if way == "gather":
         return _gathered(part, weights, stretch, None, residual, activation, overwrite)
-    return _dense_into(_whole_of(part, stretch), weights, residual, activation, overwrite)
+    return _dense_into(whole_of(part, stretch), weights, residual, activation, overwrite)
 
 
 def _dense_into(x: Tensor, weights: ConvWeights, residual: Tensor | None, activation: str, overwrite: bool) -> Tensor:
@@ -275,7 +194,7 @@ def depthwise(x: Parts, weights: ConvWeights, activation: str) -> Parts:
         return Parts(x.active, None, dense(x.whole, weights, None, activation))
     done: list[Part] = []
     for part, stretch in zip(x.parts, x.active.stretches, strict=True):
-        compact = _compact(part, stretch)
+        compact = as_compact(part, stretch)
         if stretch.is_full:
             done.append(dense(compact, weights, None, activation))
         else:
@@ -342,7 +261,7 @@ def _work(weights: ConvWeights, size: tuple[int, int, int], into: Stretch | None
     # Accumulated in another dtype, each run would round.
     one_sided = into is None or (out is None and weights.dtype == torch.float32)
     if one_sided and side is not None and side.groups and _runs_well(side):
-        runs = tuple(number * side.granularity for _, number in aligned_runs(tuple(side.groups), _LONGEST_RUN))
+        runs = tuple(number * side.granularity for _, number in aligned_runs(tuple(side.groups), LONGEST_RUN))
     key = (size, n_in, n_out, runs)
     known = weights.work.get(key)
     if known is None:
@@ -360,46 +279,6 @@ def _described(
     return ways.Work(weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, runs)
 
 
-def _active_of(whole: Tensor, stretch: Stretch) -> Tensor:
-    """The active channels of a dense tensor, in a compact one."""
-    samples, _, height, width = whole.shape
-    if not stretch.groups:
-        empty = whole.new_zeros(samples, height, width, stretch.width)
-        return empty.permute(0, 3, 1, 2)
-    # Where the compact form is wider than the active channels, whatever stands there meets zero weights.
-    filled = stretch.groups + stretch.groups[:1] * (len(stretch.padded) - len(stretch.groups))
-    pixels = whole.permute(0, 2, 3, 1).reshape(-1, stretch.total, stretch.granularity)
-    kept = pixels.index_select(1, torch.tensor(filled))
-    return kept.view(samples, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _whole_of(part: Part, stretch: Stretch) -> Tensor:
-    """A dense tensor with zeros in the other channels."""
-    compact = _compact(part, stretch)
-    if stretch.is_full:
-        return compact
-    samples, channels, height, width = compact.shape
-    pixels = compact.permute(0, 2, 3, 1).reshape(-1, channels // stretch.granularity, stretch.granularity)
-    whole = pixels.new_zeros(pixels.shape[0], stretch.total, stretch.granularity)
-    whole.index_copy_(1, torch.tensor(stretch.groups, dtype=torch.int64), pixels[:, : len(stretch.groups)])
-    return whole.view(samples, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _compact(part: Part, stretch: Stretch) -> Tensor:
-    return part if isinstance(part, Tensor) else _joined(part)
-
-
-def _joined(runs: Runs) -> Tensor:
-    return runs.pieces[0] if len(runs.pieces) == 1 else torch.cat(runs.pieces, dim=1)
-
-
-def _split(compact: Tensor, stretch: Stretch) -> Runs:
-    runs = aligned_runs(tuple(stretch.groups), _LONGEST_RUN)
-    widths = [number * stretch.granularity for _, number in runs]
-    pieces = compact.split(widths, dim=1)
-    return Runs([piece.contiguous(memory_format=torch.channels_last) for piece in pieces], runs)
-
-
 def affine(x: Parts, scale: Tensor, shift: Tensor, activation: str) -> Parts:
     """activation(x * scale + shift) on active channels, with scale and shift [C]."""
     dtype, granularity = torch.promote_types(scale.dtype, torch.float32), x.active.granularity
@@ -411,7 +290,7 @@ def affine(x: Parts, scale: Tensor, shift: Tensor, activation: str) -> Parts:
     done: list[Part] = []
     for part, stretch in zip(x.parts, x.active.stretches, strict=True):
         kept = stretch.index(1, stretch.width)
-        compact = _compact(part, stretch)
+        compact = as_compact(part, stretch)
         factor, offset = scale[kept][:, None, None], shift[kept][:, None, None]
         y = onednn.activate_(torch.addcmul(offset, compact.to(dtype), factor), activation)
         done.append(y.to(compact.dtype).contiguous(memory_format=torch.channels_last))
@@ -430,7 +309,7 @@ def sums(x: Parts | Tensor) -> tuple[Tensor, int]:
     samples = active.keep.shape[0]
     result, pixels = torch.zeros(samples, active.keep.shape[1], active.granularity), 1
     for part, stretch in zip(x.parts, active.stretches, strict=True):
-        compact = _compact(part, stretch)
+        compact = as_compact(part, stretch)
         pixels = compact.shape[2] * compact.shape[3]
         kept = compact.sum((2, 3), dtype=torch.float32).view(stretch.number, -1, active.granularity)
         result[stretch.first : stretch.first + stretch.number, stretch.groups] = kept[:, : len(stretch.groups)]

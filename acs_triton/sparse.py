@@ -1,6 +1,6 @@
 """What the lowered graph calls: each function runs one fused step on active channels.
 
-On a CPU, outside of a compiler, decisions are known on the host, and a compact value is `host.Parts`; everywhere else
+On a CPU, outside of a compiler, decisions are known on the host, and a compact value is `parts.Parts`; everywhere else
 it is a tensor with the width of the operators' contract.
 """
 
@@ -22,8 +22,8 @@ from .conv_weights import ConvWeights, prepared
 from .decision import Active
 from .dispatch import implementation, run_direct
 from .gates import full_precision
-from .host import Parts
 from .ops import ActiveChannels
+from .parts import Parts
 from .windows import window_means
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def conv(
 ) -> Tensor | Parts:
     """activation(conv2d(x, weight) + bias + residual) on the active channels.
 
-    in_runs: the readers of the result take `host.Runs`. overwrite: nobody reads the residual later.
+    in_runs: the readers of the result take `parts.Runs`. overwrite: nobody reads the residual later.
     """
     dtype = _host_dtype(x, weight)
     if dtype is not None and not isinstance(out_active, ActiveChannels) and not isinstance(in_active, ActiveChannels):

@@ -88,14 +88,14 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def test_the_plan_covers_the_table_in_half_an_hour() -> None:
+def test_the_plan_covers_the_table() -> None:
     settings = cpu_table.plan(cpu_table.NETWORKS, cpu_table.BATCHES, {})
     assert len({one.key for one in settings}) == len(settings) == 8
     assert all({0.25, 0.5, 1.0} <= {*one.densities} for one in settings)
     assert all({"auto", "groups:4"} <= {*one.granularities} for one in settings)
     (full,) = [one for one in settings if one.densities == (0.25, 0.5, 0.75, 1.0)]
     assert full.granularities == ("groups:4", "auto", "groups:16", 1)
-    assert 900 < sum(one.seconds for one in settings) < 1200  # building and checking takes the rest
+    assert sum(one.seconds for one in settings) < 900  # building and checking takes the rest
 
 
 def test_a_table_goes_on_where_it_was_stopped(tmp_path: Path, passes: list[str]) -> None:

@@ -1,0 +1,133 @@
+"""Values inside a span on a CPU: the active channels of each stretch of samples, or all channels, not masked yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .decision import Active, Stretch, aligned_runs
+
+# Neighbouring groups share a call in aligned runs of up to this many; each length is packed separately,
+# and with eight groups a layer an all-one mask is one call.
+LONGEST_RUN = 8
+
+
+class Runs(NamedTuple):
+    """The active channels of a stretch, in pieces [number, channels, H, W]; groups: (first, number) of each."""
+
+    pieces: list[Tensor]
+    groups: list[tuple[int, int]]
+
+
+Part = Tensor | Runs
+
+
+class Parts:
+    """A value inside a span: one part for each stretch of the decision, or `whole`, with all channels of all samples,
+    the skipped ones not masked yet.
+    """
+
+    __slots__ = ("_parts", "active", "whole")
+
+    def __init__(self, active: Active, parts: list[Part] | None, whole: Tensor | None = None) -> None:
+        self.active, self._parts, self.whole = active, parts, whole
+
+    @property
+    def parts(self) -> list[Part]:
+        if self._parts is None:
+            assert self.whole is not None  # one of them is there
+            self._parts = [
+                active_of(self.whole.narrow(0, stretch.first, stretch.number), stretch)
+                for stretch in self.active.stretches
+            ]
+        return self._parts
+
+    @property
+    def masked(self) -> Tensor:
+        """The dense tensor, with zeros in skipped channels."""
+        if self.whole is None:
+            wholes = [whole_of(*pair) for pair in zip(self.parts, self.active.stretches, strict=True)]
+            return wholes[0] if len(wholes) == 1 else torch.cat(wholes)
+        if self.active.is_full:
+            return self.whole
+        mask = torch.from_numpy(self.active.keep).repeat_interleave(self.active.granularity, dim=1)
+        return torch.where(mask[:, :, None, None], self.whole, 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._piece.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._piece.device
+
+    @property
+    def samples(self) -> int:
+        return int(self.active.keep.shape[0])
+
+    @property
+    def size(self) -> torch.Size:
+        """Height and width."""
+        return self._piece.shape[2:]
+
+    @property
+    def _piece(self) -> Tensor:
+        if self.whole is not None:
+            return self.whole
+        part = self.parts[0]
+        return part if isinstance(part, Tensor) else part.pieces[0]
+
+    def each(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Parts:
+        """`function`, which acts on each sample and channel by itself, on every part."""
+        if self.whole is not None:
+            return Parts(self.active, None, function(self.whole, *args, **kwargs))
+        done: list[Part] = []
+        for part in self.parts:
+            if isinstance(part, Tensor):
+                done.append(function(part, *args, **kwargs))
+            else:
+                done.append(Runs([function(piece, *args, **kwargs) for piece in part.pieces], part.groups))
+        return Parts(self.active, done)
+
+
+def active_of(whole: Tensor, stretch: Stretch) -> Tensor:
+    """The active channels of a dense tensor, in a compact one."""
+    samples, _, height, width = whole.shape
+    if not stretch.groups:
+        empty = whole.new_zeros(samples, height, width, stretch.width)
+        return empty.permute(0, 3, 1, 2)
+    # Where the compact form is wider than the active channels, whatever stands there meets zero weights.
+    filled = stretch.groups + stretch.groups[:1] * (len(stretch.padded) - len(stretch.groups))
+    pixels = whole.permute(0, 2, 3, 1).reshape(-1, stretch.total, stretch.granularity)
+    kept = pixels.index_select(1, torch.tensor(filled))
+    return kept.view(samples, height, width, -1).permute(0, 3, 1, 2)
+
+
+def whole_of(part: Part, stretch: Stretch) -> Tensor:
+    """A dense tensor with zeros in the other channels."""
+    compact = as_compact(part, stretch)
+    if stretch.is_full:
+        return compact
+    samples, channels, height, width = compact.shape
+    pixels = compact.permute(0, 2, 3, 1).reshape(-1, channels // stretch.granularity, stretch.granularity)
+    whole = pixels.new_zeros(pixels.shape[0], stretch.total, stretch.granularity)
+    whole.index_copy_(1, torch.tensor(stretch.groups, dtype=torch.int64), pixels[:, : len(stretch.groups)])
+    return whole.view(samples, height, width, -1).permute(0, 3, 1, 2)
+
+
+def as_compact(part: Part, stretch: Stretch) -> Tensor:
+    return part if isinstance(part, Tensor) else joined(part)
+
+
+def joined(runs: Runs) -> Tensor:
+    return runs.pieces[0] if len(runs.pieces) == 1 else torch.cat(runs.pieces, dim=1)
+
+
+def split(compact: Tensor, stretch: Stretch) -> Runs:
+    runs = aligned_runs(tuple(stretch.groups), LONGEST_RUN)
+    widths = [number * stretch.granularity for _, number in runs]
+    pieces = compact.split(widths, dim=1)
+    return Runs([piece.contiguous(memory_format=torch.channels_last) for piece in pieces], runs)
