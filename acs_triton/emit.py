@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import regroup, sparse
-from .channel_order import ChannelOrders, DynamicConv, dynamic_conv, unbroken
+from . import sparse
+from .emit_base import geometry_of
+from .emit_dynamic import DynamicGroupWriter
 from .fold import (
     Folded,
     activation_name,
@@ -26,35 +27,12 @@ from .fold import (
     norm_parts,
     window_matrix,
 )
-from .fusion import Fused, Fusion
+from .fusion import Fused
 from .gates import ConvGate, PooledGate, projections
-from .program import Program
-
-if TYPE_CHECKING:
-    from .model import ACSModel
 
 
-class Emitter:
-    """The graph for CPU tensors; `packed` has the one for the Triton kernels.
-
-    graph: what was written. tensors: the packed weights that it reads by position.
-    convs: position of the weight of each convolution that may be gated, by the layer's name.
-    """
-
-    def __init__(self, model: ACSModel, program: Program) -> None:
-        self.model = model
-        self.program = program
-        self.graph = fx.Graph()
-        self.tensors: list[Tensor] = []
-        self.convs: dict[str, int] = {}
-        self._values: dict[fx.Node, fx.Node] = {}
-        self._active: dict[fx.Node, fx.Node] = {}
-        self._decisions: dict[str, fx.Node] = {}
-        self._producers = {node: name for name, node in program.plan.producer.items()}
-        self._span_of_body = {node: name for name, body in program.plan.body.items() for node in body}
-        inside_spans = {*self._producers, *self._span_of_body}
-        self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans)
-        self.orders = ChannelOrders(program, self._fusion)
+class Emitter(DynamicGroupWriter):
+    """The graph for CPU tensors; `emit_kernels` has the one for the Triton kernels."""
 
     def build(self) -> None:
         self._order = {node: position for position, node in enumerate(self.program.graph.nodes)}
@@ -63,22 +41,6 @@ class Emitter:
         for node in self.program.graph.nodes:
             self._emit(node)
         self.graph.lint()
-
-    def _spans_in_lists(self) -> set[str]:
-        """Spans whose decisions are lists also on a host, as dynamic groups want them, and those that they lead to."""
-        spans = self.program.plan.report.gated
-        found = {name for name in spans if self.orders.is_dynamic(name)}
-        while True:
-            reached = {
-                other
-                for name, span in spans.items()
-                for consumer in span.consumers
-                if consumer in spans and (name in found) != (consumer in found)
-                for other in (name, consumer)
-            }
-            if not reached:
-                return found
-            found |= reached
 
     def _runs_in_groups(self, name: str) -> bool:
         """Whether a span can stay in runs of groups: nothing but its convolution's epilogue before its consumers."""
@@ -168,52 +130,6 @@ class Emitter:
         before = all(runs_at.get(reader, 0) < self._order[fused.last] for reader in residual.users)
         return before and len(adds) == 1 and adds[0] in self._fusion.swallowed
 
-    def _dynamic_conv(
-        self,
-        conv_node: fx.Node,
-        fused: Fused,
-        in_active: fx.Node | None,
-        out_active: fx.Node | None,
-        residual: fx.Node | None,
-    ) -> fx.Node:
-        """A convolution with dynamic groups, its weight packed by group."""
-        conv = self._dynamic(conv_node, fused, in_active)
-        x, moves, end = self._value(conv_node.args[0]), conv.moves, (geometry_of(fused.folded), fused.activation)
-        from_input, from_result = self._packed_or_none(moves.from_input), self._packed_or_none(moves.from_result)
-        weight = self._packed(conv.weight.contiguous(memory_format=torch.channels_last))
-        bias = self._packed_or_none(fused.folded.bias)
-        if in_active is None and out_active is None:
-            dense = (x, weight, bias, residual, from_input, from_result, conv.parts, *end)
-            return self.graph.call_function(regroup.regrouped, dense)
-        x, in_active = self._moved_input(conv_node, fused, x, in_active, from_input)
-        arguments = (x, weight, bias, in_active, out_active, residual, from_result, conv.parts, *end)
-        value = self.graph.call_function(regroup.gated, arguments)
-        value.meta["layers"] = conv.layers
-        return value
-
-    def _dynamic(self, conv_node: fx.Node, fused: Fused, in_active: Any) -> DynamicConv:
-        in_span = None if in_active is None else self._span_read(conv_node)
-        moves, out_span = self.orders.moves[conv_node], self._producers.get(conv_node)
-        return dynamic_conv(str(conv_node.target), fused.folded, moves, in_span, out_span)
-
-    def _span_read(self, conv_node: fx.Node) -> str:
-        """The span whose compact result a convolution reads."""
-        return str(self._fusion.skip_identity(conv_node.args[0]).args[3])
-
-    def _moved_input(
-        self, conv_node: fx.Node, fused: Fused, x: fx.Node, in_active: Any, from_input: Any
-    ) -> tuple[fx.Node, Any]:
-        """x and its active channels in the order in which the convolution reads them."""
-        if from_input is None:
-            return x, in_active
-        if in_active is None:
-            return self.graph.call_function(regroup.select, (x, from_input)), None
-        assert fused.folded.dynamic is not None  # it moves its input
-        granularity = self.model.report.gated[self._span_read(conv_node)].granularity
-        granularity = unbroken(fused.folded.dynamic.in_order, granularity)
-        moved = self.graph.call_function(regroup.reorder, (x, in_active, from_input, granularity))
-        return self._item(moved, 0), self._item(moved, 1)
-
     def _depthwise(self, conv_node: fx.Node, folded: Folded, active: fx.Node, activation: str) -> fx.Node:
         x, end = self._value(conv_node.args[0]), (geometry_of(folded), activation)
         weight, bias = self._packed(folded.weight), self._packed_or_none(folded.bias)
@@ -295,16 +211,6 @@ class Emitter:
         for added in list(self.graph.nodes)[start:]:
             added.meta["gate"] = key
 
-    def _relabelled(self, name: str, decision: fx.Node) -> fx.Node:
-        """A decision in the order in which the channels of its span are stored."""
-        order = self.orders.of_span.get(name)
-        if name in self._in_lists:
-            decision = self.graph.call_function(sparse.compacted, (decision,))
-        if order is None:
-            return decision
-        granularity = self.orders.granularity(name, self.model.report.gated[name].granularity)
-        return self.graph.call_function(regroup.relabel, (decision, self._packed(order), granularity))
-
     def _heads(self, gate: PooledGate | ConvGate, names: list[str]) -> list[Any]:
         """(weight, bias, channels, granularity) of each head."""
         gated = self.model.report.gated
@@ -329,27 +235,6 @@ class Emitter:
         weights = (self._packed(storage(front, in_gated, False)), self._packed(shift))
         packed = [(self._packed(matrix), self._packed(bias), *sizes) for matrix, bias, *sizes in tails]
         return self.graph.call_function(sparse.conv_gate, (*common, *weights, packed, names))
-
-    def _is_gate(self, value: Any) -> bool:
-        return isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith("gates.")
-
-    def _value(self, value: Any) -> Any:
-        return self._values[self._fusion.skip_identity(value)] if isinstance(value, fx.Node) else value
-
-    def _item(self, node: fx.Node, position: int) -> fx.Node:
-        return self.graph.call_function(operator.getitem, (node, position))
-
-    def _packed(self, tensor: Tensor) -> fx.Node:
-        # A copy even where folding changed nothing: it must not follow the parameter half-way.
-        self.tensors.append(tensor.detach().clone())
-        return self.graph.call_function(operator.getitem, (self._tensors_node, len(self.tensors) - 1))
-
-    def _packed_or_none(self, tensor: Tensor | None) -> fx.Node | None:
-        return None if tensor is None else self._packed(tensor)
-
-
-def geometry_of(folded: Folded) -> sparse.Geometry:
-    return folded.stride, folded.padding, folded.dilation
 
 
 def storage(weight: Tensor, in_gated: bool, out_gated: bool) -> Tensor:

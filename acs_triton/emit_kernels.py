@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from . import fallback, ops, packed, regroup
-from .emit import Emitter, geometry_of
+from .emit import Emitter
+from .emit_base import geometry_of
 from .executed import Layer
 from .fold import Folded
 from .fusion import Fused
