@@ -174,7 +174,10 @@ class Emitter(DynamicGroupWriter):
         """Zeros again in the columns that the contract wants zero, after an activation with f(0) != 0."""
         like = next(self.model.parameters())
         ones = torch.ones(channels, dtype=like.dtype, device=like.device)
-        arguments = (value, self._packed(ones), self._packed(torch.zeros_like(ones)), decision)
+        return self._identity(value, ones, torch.zeros_like(ones), decision)
+
+    def _identity(self, value: fx.Node, ones: Tensor, zeros: Tensor, decision: fx.Node) -> fx.Node:
+        arguments = (value, self._packed(ones), self._packed(zeros), decision)
         return self.graph.call_function(sparse.cleared, arguments)
 
     def _each(self, node: fx.Node) -> fx.Node:

@@ -39,7 +39,10 @@ class KernelEmitter(Emitter):
         super().__init__(model, program)
         self._kernels = kernels
         self._dtype = dtype
-        known = kept or frozenset()
+        # Groups may have closed since.
+        known = frozenset(
+            name for name in kept or () if name in program.plan.producer and not self.orders.is_dynamic(name)
+        )
         self.dense_spans = (known if situation is None else self._decide(situation)) & set(program.plan.report.gated)
         self._sums: dict[fx.Node, fx.Node] = {}
         self._pooled = {
@@ -174,6 +177,9 @@ class KernelEmitter(Emitter):
         value.meta["layer"] = layer
         return value
 
+    def _identity(self, value: fx.Node, ones: Tensor, zeros: Tensor, decision: fx.Node) -> fx.Node:
+        return self._affine(value, ones, zeros, decision, "none")
+
     def _affine(self, x: fx.Node, scale: Tensor, shift: Tensor, active: fx.Node, activation: str) -> fx.Node:
         arguments = (x, self._packed(scale), self._packed(shift))
         return self.graph.call_function(ops.gated_affine, arguments, {"active": active, "activation": activation})
@@ -182,7 +188,7 @@ class KernelEmitter(Emitter):
         self, common: tuple[Any, ...], gate: PooledGate, heads: list[Any], names: list[str], source: fx.Node
     ) -> fx.Node:
         model, x, in_active = common
-        w1 = self._packed(self._kernels.pack_reduce(gate.reduce.weight.float()))
+        w1 = self._packed(self._kernels.pack_reduce(self.orders.columns(gate.reduce.weight, source).float()))
         b1 = self._packed(gate.reduce.bias.float())
         sums = self._sums.get(self._features(source))
         arguments = (model, x, sums, in_active, w1, b1, *self._packed_heads(heads), names)

@@ -151,7 +151,8 @@ class GatedModel(MaskedModel):
         the straight-through gates of the dynamic groups. The budget is the model's MACs when each gated span runs at
         `target_density` and each `DynamicGroupConv2d` keeps `target_group_density` of its connections (the
         configuration's unless given, for a schedule); gates count on both sides, ungrouped. With no group density the
-        budget is that of ungrouped layers: closing groups is then another way to meet the density.
+        budget is that of ungrouped layers: closing groups is then another way to meet the density. Groups count as
+        narrow as they are, which sparse mode, where they are gated too, does not reach below 64 channels.
         RuntimeError unless the last forward was a soft one, ValueError for a density that is not in (0, 1], and where
         there are no channel gates and no group density: nothing could be saved.
         """

@@ -109,7 +109,7 @@ class DynamicGroupConv2d(nn.Conv2d):
 
     def groups_now(self) -> int:
         """The number of groups that the gates choose now: 2 to the number of closed gates."""
-        return 2 ** int((self.gate <= 0).sum())
+        return 2 ** int((~(self.gate > 0)).sum())
 
     def kept_weight(self) -> Tensor:
         """`masked_weight` detached, where what U removes is not even read: NaN there stays there."""
@@ -122,7 +122,7 @@ class DynamicGroupConv2d(nn.Conv2d):
         A channel's group is the number that its block's bits at the closed gates make: q and p are connected
         if and only if their groups are equal.
         """
-        closed = (self.gate <= 0).tolist()
+        closed = (~(self.gate > 0)).tolist()
         return _order(self.in_channels, closed).to(self.gate.device), _order(self.out_channels, closed).to(
             self.gate.device
         )

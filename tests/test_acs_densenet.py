@@ -248,3 +248,19 @@ def test_wrong_inputs() -> None:
         model(torch.zeros(1, 3, 3, 3))
     with pytest.raises(ValueError, match="gates of its own"):
         convert_model(model)
+
+
+def test_nan_outside_of_a_gates_groups_does_not_decide() -> None:
+    model, x = densenet(), images(3, 16)
+    with torch.no_grad():
+        for gate in model.gates.values():
+            for conv in (gate.conv1, gate.conv2):
+                conv.gate.fill_(-1.0)
+        model.lower()
+        expected, masks = model(x), model.masks()
+        for gate in model.gates.values():
+            for conv in (gate.conv1, gate.conv2):
+                conv.weight[conv.connections() == 0] = float("nan")
+        model.lower()
+        assert torch.equal(model(x), expected)
+    assert all(torch.equal(mask, masks[name]) for name, mask in model.masks().items())

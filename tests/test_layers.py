@@ -156,13 +156,13 @@ def test_state_has_weight_bias_and_gate_and_loads() -> None:
 # ---------------------------------------------------------------------- real groups
 
 
-# 64 -> 128 has every gate vector of K = 6.
-RECTANGLES = [(64, 128), (32, 16), (48, 48), (6, 4), (1, 1), (3, 5), (96, 64), (64, 64)]
+# 64 -> 128 and 192 -> 320 have every gate vector of K = 6.
+RECTANGLES = [(64, 128), (32, 16), (48, 48), (6, 4), (1, 1), (3, 5), (96, 64), (64, 64), (192, 320)]
 
 
 @pytest.mark.parametrize(("c_in", "c_out"), RECTANGLES)
 def test_grouped_is_masked_for_every_gate_vector(c_in: int, c_out: int) -> None:
-    layer, x = DynamicGroupConv2d(c_in, c_out, 3, padding=1).double(), images(2, 4, c_in).double()
+    layer, x = DynamicGroupConv2d(c_in, c_out, 2, padding=1).double(), images(2, 2, c_in).double()
     for bits in itertools.product((0, 1), repeat=len(layer.gate)):
         with_gates(layer, bits)
         conv, in_permutation, out_permutation = layer.to_grouped()
@@ -247,3 +247,12 @@ def test_it_compiles_as_one_graph(training: bool) -> None:
         (actual.square().sum() + layer.density_regulariser()).backward()
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(layer.gate.grad, gradient)
+
+
+def test_a_gate_that_is_no_number_is_closed_everywhere() -> None:
+    layer = DynamicGroupConv2d(8, 8, 1)
+    with torch.no_grad():
+        layer.gate.fill_(1.0)
+        layer.gate[1] = torch.nan
+    assert layer.groups_now() == 2
+    assert layer.channel_orders()[0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]

@@ -49,7 +49,9 @@ class ACSDenseNet(GatedModel):
     gate: "acs", "gap", or "none" for no masks at all. gate_hidden, granularity, target_density, eval_mode,
         target_group_density: as in `ACSConfig`; a granularity of 1 is the paper's.
     gate_groups: the 3x3 convolutions of "acs" gates learn their groups (ACS-DG); otherwise they are ordinary.
-    dynamic_groups: so do the 3x3 convolutions of the layers.
+    dynamic_groups: so do the 3x3 convolutions of the layers. Sparse mode runs real groups where no mask gates the
+        layer; a layer's 32 new channels are too few to be worth a call for each group of the active ones. Groups of
+        gates are counted as whole, and lowering merges them away: they only spare parameters.
 
     Raises TypeError or ValueError for an argument of the wrong type or range.
     """

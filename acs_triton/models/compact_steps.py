@@ -184,9 +184,9 @@ class Gate:
         else:
             norm = norm_affine(gate.bn)
             assert norm is not None  # BatchNorm2d tracks its statistics by default
-            front = merged_convs(gate.reduce.weight, gate.conv1.masked_weight() * norm.scale[:, None, None, None])
+            front = merged_convs(gate.reduce.weight, gate.conv1.kept_weight() * norm.scale[:, None, None, None])
             first, shift = _widened(front, 1, wide), norm.shift.float()
-            weight = window_matrix(gate.conv2.masked_weight(), weight)
+            weight = window_matrix(gate.conv2.kept_weight(), weight)
         self.shape = (*first.shape[:2], 3, 3)
         if self.on_kernels:
             kernels = backend.implementation

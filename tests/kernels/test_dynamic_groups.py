@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from networks import Bottlenecks, assert_same_output, images, outputs, random_masks, randomised, set_groups
+from networks import Bottlenecks, assert_same_output, images, mix_gates, outputs, random_masks, randomised, set_groups
 from parity import assert_parity
 from planted import plant_nan
 
@@ -90,3 +90,23 @@ def test_compiled_models_see_other_masks() -> None:
         with torch.no_grad(), model.override_masks(masks):
             actual = compiled(x)
         assert_same_output(actual, outputs(model, x, "hard", masks), 1e-5)
+
+
+@pytest.mark.parametrize("gate", ["gap", "acs"])
+@pytest.mark.parametrize("names", [["1"], ["1", "3"]])
+def test_own_decisions_agree_where_gates_read_another_order(names: list[str], gate: str) -> None:
+    torch.manual_seed(0)
+    widths = (16, 32, 32, 16, 16)
+    convs = [torch.nn.Conv2d(c_in, c_out, 3, padding=1) for c_in, c_out in zip((3, *widths), widths, strict=False)]
+    layers = [layer for conv in convs for layer in (conv, torch.nn.ReLU())]
+    net = torch.nn.Sequential(*layers).eval()
+    grouped = [str(2 * int(name)) for name in names]
+    model = convert_model(net, gate=gate, dynamic_groups=grouped, spans_per_gate=1, granularity=4, gate_hidden=8)
+    set_groups(model, 0.6)
+    x = images(3, SIZE)
+    mix_gates(model, x)
+    hard = outputs(model, x, "hard")
+    masks = model.masks()
+    assert any((mask != mask[:1]).any() for mask in masks.values()), "the samples should differ"
+    assert_same_output(outputs(model, x, "sparse"), hard, tolerance=1e-5)
+    assert all(torch.equal(model.masks()[name], mask) for name, mask in masks.items())

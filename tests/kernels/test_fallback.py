@@ -212,3 +212,16 @@ def test_a_measured_tile_is_taken_and_no_other():
         assert conv_tile(**shape._asdict()) == conv_tile(**{**shape._asdict(), "precision": "ieee"}) == other
         assert conv_tile(**{**shape._asdict(), "samples": 1}) != other
     assert conv_tile(**shape._asdict()) != other
+
+
+def test_groups_that_close_later_leave_their_spans_gated(measured):
+    torch.manual_seed(1)
+    net = nn.Sequential(conv_bn(3, 16), conv_bn(16, 64, 3), conv_bn(64, 64, 3), nn.Conv2d(64, 8, 1)).eval()
+    model = expecting(convert_model(net, gate="gap", dynamic_groups=["1.0"], gate_hidden=8), 0.9)
+    check(model)
+    assert model._caches.lowered.dense_spans
+    with torch.no_grad():
+        model.get_submodule("1.0").gate.fill_(-1.0)
+    model.lower()
+    check(model)
+    assert "1.0" not in model._caches.lowered.dense_spans
