@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +32,30 @@ _BUFFER_BYTES = 256 << 20
 class Buffer:
     """A packed weight whose memory is written again at each use."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, size: Size, geometry: Geometry) -> None:
+    def __init__(self, packed: Tensor, memory: Tensor) -> None:
+        self.packed, self.memory = packed, memory
+        self._views: dict[tuple[int, ...], list[Tensor]] = {}
+
+    @classmethod
+    def make(
+        cls,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        size: Size,
+        geometry: Geometry,
+        layout: Layout,
+    ) -> Buffer | None:
+        """One for weights of this shape; None where oneDNN, asked again, lays them out in another way."""
         # Ordinary tensors also when made inside of inference mode: they are written again outside of it.
         with torch.inference_mode(False):
+            numbers = onednn.pattern(shape, dtype)
+            packed = onednn.pack(numbers, size, geometry)
+            memory = onednn.memory(packed, dtype)
+            if not torch.equal(onednn.blocked(numbers, layout).flatten(), memory):
+                return None
             # Zeros: where a layout is padded, nothing is written later.
-            self.packed = onednn.pack(torch.zeros(shape, dtype=dtype), size, geometry)
-            self.memory = onednn.memory(self.packed, dtype)
-        self._views: dict[tuple[int, ...], list[Tensor]] = {}
+            memory.zero_()
+        return cls(packed, memory)
 
     def views(self, *shape: int) -> list[Tensor]:
         """The memory as tensors of this shape, one after another."""
@@ -56,22 +74,24 @@ class _Pool:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.memory.nbytes for buffer in self.free)
+        return sum(buffer.memory.nbytes for buffer in tuple(self.free))
 
 
 _pools: OrderedDict[tuple[object, ...], _Pool] = OrderedDict()
+_pools_lock = Lock()
 
 
 def _pool(key: tuple[object, ...]) -> _Pool:
     """The buffers for a key; the longest unused ones of the others go where all together are too large."""
-    known = _pools.setdefault(key, _Pool())
-    _pools.move_to_end(key)
-    kept = sum(pool.nbytes for pool in _pools.values())
-    for other in list(_pools.values()):
-        if kept <= _BUFFER_BYTES:
-            break
-        kept -= other.nbytes
-        other.free.clear()
+    with _pools_lock:
+        known = _pools.setdefault(key, _Pool())
+        _pools.move_to_end(key)
+        kept = sum(pool.nbytes for pool in _pools.values())
+        for other in list(_pools.values()):
+            if kept <= _BUFFER_BYTES:
+                break
+            kept -= other.nbytes
+            other.free.clear()
     return known
 
 
@@ -82,7 +102,7 @@ class Recipe(NamedTuple):
     """
 
     pool: _Pool
-    make: Callable[[], Buffer]
+    make: Callable[[], Buffer | None]
     fill: Fill
 
 
@@ -97,11 +117,13 @@ class Lent(NamedTuple):
 
 
 class _Forms:
-    """Of one input size: packed weights by (dimension, first channel, number), recipes by (C_in, C_out)."""
+    """Of one input size: packed weights by (dimension, first channel, number), recipes by (C_in, C_out), None for a
+    side that is not gated: one whose channels are all active has lists all the same.
+    """
 
     def __init__(self) -> None:
         self.packed: dict[tuple[int, int, int], Tensor] = {}
-        self.recipes: dict[tuple[int, int], Recipe | None] = {}
+        self.recipes: dict[tuple[int | None, int | None], Recipe | None] = {}
 
 
 class ConvWeights:
@@ -121,8 +143,8 @@ class ConvWeights:
         self.c_out, self.c_in, height, width = weight.shape
         self.taps = height * width
         self.depthwise = geometry[3] > 1
-        self.finite = bool(weight.isfinite().all())
-        self._sizes: OrderedDict[Size, _Forms] = OrderedDict()
+        self.finite = bool(weight.isfinite().all()) and (bias is None or bool(bias.isfinite().all()))
+        self._sizes: OrderedDict[tuple[Size, int], _Forms] = OrderedDict()
         self.work: dict[tuple[object, ...], ways.Work] = {}
         self._padded_bias: Tensor | None = None
         self._masters: dict[tuple[object, ...], Tensor] = {}
@@ -161,18 +183,22 @@ class ConvWeights:
         """The weight between the active channels; from a plain tensor where the packed layout is not known."""
         n_in = self.c_in if into is None else into.width
         n_out = self.c_out if out is None else out.width
-        recipes = self._forms(size).recipes
+        recipes, key = self._forms(size).recipes, (None if into is None else n_in, None if out is None else n_out)
         try:
-            recipe = recipes[n_in, n_out]
+            recipe = recipes[key]
         except KeyError:
             with torch.inference_mode(False):
-                recipe = recipes[n_in, n_out] = self._recipe(size, n_in, n_out, into, out)
+                recipe = recipes[key] = self._recipe(size, n_in, n_out, into, out)
         if recipe is None:
             return self._gathered_plain(into, out)
         try:
             buffer = recipe.pool.free.pop()
         except IndexError:  # the first time, or another thread has it
-            buffer = recipe.make()
+            made = recipe.make()
+            if made is None:
+                recipes[key] = None
+                return self._gathered_plain(into, out)
+            buffer = made
         recipe.fill(buffer, into, out)
         return Lent(buffer, recipe.pool)
 
@@ -189,8 +215,8 @@ class ConvWeights:
             fill = self._whole_blocks(layout, out) if into is None else self._rows_of_some_blocks(layout, into, out)
         else:
             fill = self._columns_of_blocks(layout, n_out, into, out)
-        pool = _pool((shape, self.dtype, layout))
-        return Recipe(pool, lambda: Buffer(shape, self.dtype, size, geometry), fill)
+        pool = _pool((shape, self.dtype, layout, self.depthwise))
+        return Recipe(pool, lambda: Buffer.make(shape, self.dtype, size, geometry, layout), fill)
 
     def _rows_of_blocks(self, layout: Layout, into: Stretch) -> Fill:
         """Rows of [blocks * taps, groups, granularity * block]."""
@@ -298,11 +324,16 @@ class ConvWeights:
         return known
 
     def _forms(self, size: Size) -> _Forms:
-        known = self._sizes.get(size)
+        # What oneDNN prefers depends on the number of threads.
+        key = (size, torch.get_num_threads())
+        known = self._sizes.get(key)
         if known is None:
             while len(self._sizes) >= _SIZES_KEPT:
                 self._sizes.popitem(last=False)
-            known = self._sizes[size] = _Forms()
+                self._masters.clear()
+                self.work.clear()
+            known = self._sizes[key] = _Forms()
+        self._sizes.move_to_end(key)
         return known
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,16 @@ from .fold import (
 from .fusion import Fused
 from .gates import ConvGate, PooledGate, projections
 
+if TYPE_CHECKING:
+    from .model import ACSModel
+
 
 class Emitter(DynamicGroupWriter):
     """The graph for CPU tensors; `emit_kernels` has the one for the Triton kernels."""
+
+    def fuses_activations(self, model: ACSModel) -> bool:
+        # oneDNN's activations make zeros of NaN: those of a network that diverged must be seen.
+        return all(bool(parameter.isfinite().all()) for parameter in (*model.parameters(), *model.buffers()))
 
     def build(self) -> None:
         self._order = {node: position for position, node in enumerate(self.program.graph.nodes)}
@@ -73,7 +80,10 @@ class Emitter(DynamicGroupWriter):
         elif node in self._span_of_body:
             self._emit_on_compact(node)
         else:
-            self._values[node] = self.graph.node_copy(node, self._value)
+            copied = self._values[node] = self.graph.node_copy(node, self._value)
+            if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+                # Results here are channels_last, which the original's may not have been.
+                copied.target = "reshape"
 
     def _emit_mask(self, node: fx.Node) -> None:
         _, features, _, name = node.args

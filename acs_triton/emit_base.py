@@ -40,8 +40,12 @@ class GraphWriter:
         self._producers = {node: name for name, node in program.plan.producer.items()}
         self._span_of_body = {node: name for name, body in program.plan.body.items() for node in body}
         inside_spans = {*self._producers, *self._span_of_body}
-        self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans)
+        self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans, self.fuses_activations(model))
         self.orders = ChannelOrders(program, self._fusion)
+
+    def fuses_activations(self, model: ACSModel) -> bool:
+        """Whether a convolution with its activation in one step computes what the two do."""
+        return True
 
     def _is_gate(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith("gates.")

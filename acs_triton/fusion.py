@@ -36,8 +36,12 @@ class Fusion:
     written: nodes whose result something later writes to in place.
     """
 
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], inside_spans: set[fx.Node]) -> None:
+    def __init__(
+        self, graph: fx.Graph, modules: dict[str, nn.Module], inside_spans: set[fx.Node], activations: bool = True
+    ) -> None:
+        """activations: whether convolutions take in the activation after them."""
         self._modules = modules
+        self._activations = activations
         self._inside_spans = inside_spans
         self.swallowed: set[fx.Node] = set()
         self.fused_at: dict[fx.Node, tuple[fx.Node, Fused]] = {}
@@ -59,14 +63,14 @@ class Fusion:
         norm = self.module(follower) if follower is not None else None
         if follower is not None and isinstance(norm, _BatchNorm) and norm_affine(norm) is not None:
             activations = norm_parts(norm)
-            if activations is not None:
+            if activations == "none" or (activations is not None and self._activations):
                 fused = Fused(fold_conv(conv, norm_affine(norm)), follower, activation=activations)
                 self.swallowed.add(follower)
                 follower = self._sole_follower(follower)
         if not gated and conv.groups == 1 and fused.activation == "none":
             follower = self._fuse_residual(conv_node, fused, follower)
         name = activation_name(follower, self.module(follower)) if follower is not None else None
-        if follower is not None and name is not None and fused.activation == "none":
+        if follower is not None and name is not None and fused.activation == "none" and self._activations:
             fused.activation, fused.last = name, follower
             self.swallowed.add(follower)
         self.swallowed.add(conv_node)

@@ -36,8 +36,8 @@ _FUSED: dict[str, tuple[str, list[float], str]] = {
 # about this many MACs, aten's matrix product is faster.
 _SMALLEST_MACS = 1_000_000
 _SMALL_MAP = 256
-# Output channels of a block of a packed weight: vectors of 16 floats, in as many registers as a kernel takes.
-_BLOCKS = (16, 32, 48, 64, 80, 96, 112, 128)
+# Output channels of a block of a packed weight: vectors of 16 or 8 floats, in as many registers as a kernel takes.
+_BLOCKS = (16, 32, 48, 64, 80, 96, 112, 128, 8, 24)
 
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair, int]
@@ -174,13 +174,28 @@ def memory(packed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(owner, dtype=dtype)
 
 
-@lru_cache(maxsize=4096)
+def pattern(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """A weight whose layout shows in its memory."""
+    # A period that shares no factor with any block; small enough to be exact in bfloat16.
+    return torch.arange(shape[0] * shape[1] * shape[2] * shape[3]).remainder_(251).to(dtype).view(shape)
+
+
 def layout(
     shape: tuple[int, int, int, int], dtype: torch.dtype, size: tuple[int, int, int], geometry: Geometry
 ) -> Layout | None:
     """How `pack` lays out weights of this shape, found by packing one; None for a layout that is not known."""
-    # A period that shares no factor with any block; small enough to be exact in bfloat16.
-    numbers = torch.arange(shape[0] * shape[1] * shape[2] * shape[3]).remainder_(251).to(dtype).view(shape)
+    return _layout(shape, dtype, size, geometry, torch.get_num_threads())
+
+
+@lru_cache(maxsize=4096)
+def _layout(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    size: tuple[int, int, int],
+    geometry: Geometry,
+    _threads: int,
+) -> Layout | None:
+    numbers = pattern(shape, dtype)
     found = memory(pack(numbers, size, geometry), dtype)
     depthwise = geometry[3] > 1
     blocks = (-(-shape[0] // 16) * 16, shape[0]) if depthwise else _BLOCKS

@@ -190,9 +190,8 @@ def depthwise(
     stride, padding, dilation = geometry
     if isinstance(x, Parts):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return host.depthwise(
-            x, prepared(weight, bias, (padding, stride, dilation, weight.shape[0]), dtype), activation
-        )
+        weights = prepared(weight, bias, (padding, stride, dilation, weight.shape[0]), dtype)
+        return host.depthwise(x, weights, activation)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
     if run_direct(x):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -93,8 +94,8 @@ modelled_dense = lru_cache(maxsize=4096)(_dense)
 _MODELS: dict[str, Callable[[Work], float]] = {"gather": _gather, "groups": _groups, "dense": _dense}
 
 
-_forced: list[str] = []
-_measured: list[dict[int, float]] = []
+_forced: ContextVar[str | None] = ContextVar("_forced", default=None)
+_measured: ContextVar[dict[int, float] | None] = ContextVar("_measured", default=None)
 
 
 @dataclass
@@ -113,21 +114,22 @@ def tuned(weight: Tensor) -> Tuned:
 @contextmanager
 def measuring() -> Iterator[dict[int, float]]:
     """Inside the block, seconds of gated convolutions are added up by the `id` of their lowered weights."""
-    _measured.append({})
+    seconds: dict[int, float] = {}
+    token = _measured.set(seconds)
     try:
-        yield _measured[-1]
+        yield seconds
     finally:
-        _measured.pop()
+        _measured.reset(token)
 
 
 def measured() -> dict[int, float] | None:
     """Where `measuring` adds up."""
-    return _measured[-1] if _measured else None
+    return _measured.get()
 
 
 def forced() -> str | None:
     """The way that `forcing` asks for."""
-    return _forced[-1] if _forced else None
+    return _forced.get()
 
 
 @contextmanager
@@ -135,8 +137,8 @@ def forcing(way: str) -> Iterator[None]:
     """Inside the block every gated convolution runs in this way, where it can."""
     if way not in WAYS:
         raise ValueError(f"forcing: way must be one of {', '.join(map(repr, WAYS))}, got {way!r}")
-    _forced.append(way)
+    token = _forced.set(way)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)

@@ -64,7 +64,9 @@ def test_gathered_is_packed(shape: tuple[int, ...], sides: str, dtype: torch.dty
         x = x.contiguous(memory_format=torch.channels_last)
         found = weights.gathered((1, height, height), into, out)
         packed = found.buffer.packed if isinstance(found, Lent) else found
-        assert isinstance(found, Lent) or dtype != torch.float32, "every layout of fp32 weights is known"
+        shape, geometry = tuple(expected_weight.shape), weights.geometry
+        if dtype == torch.float32 and onednn.layout(shape, dtype, (1, height, height), geometry) is not None:
+            assert isinstance(found, Lent), "a known layout is written directly"
         kept_bias = bias if out is None else weights.gathered_bias(out)
         actual = onednn.run(x, packed, kept_bias, weights.geometry, None, "none")
         expected = onednn.run(x, expected_weight, expected_bias, weights.geometry, None, "none")

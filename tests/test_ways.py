@@ -10,7 +10,7 @@ from networks import assert_same_output, images, outputs, random_masks, randomis
 from planted import plant_nan
 from torch import Tensor, nn
 
-from acs_triton import ACSModel, convert_model, host, onednn, sparse, ways
+from acs_triton import ACSModel, conv_weights, convert_model, host, onednn, sparse, ways
 from acs_triton.conv_weights import ConvWeights
 from acs_triton.decision import aligned_runs
 from acs_triton.ways import WAYS, Work, fastest
@@ -202,3 +202,69 @@ def test_a_real_network_in_each_way() -> None:
     for way in WAYS:
         with ways.forcing(way):
             assert_same_output(outputs(model, x, "sparse", masks), hard)
+
+
+class Chain(nn.Module):
+    """Three convolutions whose two spans meet in the middle one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 64, 1)
+        self.b, self.c = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("order", [(64, 63), (63, 64)])
+def test_a_full_mask_and_one_that_lacks_a_channel_do_not_share_lists(order: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model, x = convert_model(Chain().eval(), gate="gap", granularity=1), torch.randn(1, 3, 14, 14)
+    half = torch.arange(64)[None] % 2 == 0
+    with ways.forcing("gather"):
+        for kept in order:
+            masks = {"a": torch.arange(64)[None] < kept, "b": half}
+            assert_same_output(outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks), tolerance=1e-5)
+
+
+def test_another_number_of_threads_is_seen() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 64, 3, padding=1)
+    ).eval()
+    model, x = convert_model(net, gate="gap", granularity=8), torch.randn(1, 3, 7, 7)
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 1, 3):
+            torch.set_num_threads(count)
+            conv_weights._pools.clear()
+            with ways.forcing("gather"):
+                masks = random_masks(model, 1, 0.5, seed=count)
+                assert_same_output(outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks), tolerance=1e-5)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("way", ways.WAYS)
+@pytest.mark.parametrize("name", ["stem", "a", "c"])
+def test_nan_in_weights_that_run_is_not_lost_in_an_activation(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    model, x = convert_model(Chain().eval(), gate="gap", granularity=8), torch.randn(2, 3, 14, 14)
+    with torch.no_grad():
+        model.get_parameter(f"{name}.weight")[0] = torch.nan
+    masks = {span: torch.ones(2, 64, dtype=torch.bool) for span in ("a", "b")}
+    with ways.forcing(way):
+        sparse = outputs(model, x, "sparse", masks)
+    assert torch.equal(sparse.isnan(), outputs(model, x, "hard", masks).isnan()) and sparse.isnan().any()
+
+
+def test_a_view_of_a_dense_result() -> None:
+    class Flat(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x.view(x.size(0), -1)
+
+    model, x = convert_model(Flat().eval(), gate="gap"), torch.randn(2, 3, 14, 14)
+    masks = random_masks(model, 2, 0.5)
+    assert_same_output(outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks), tolerance=1e-5)
