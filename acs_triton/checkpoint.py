@@ -29,7 +29,7 @@ def save_model(model: GatedModel, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, GatedModel):
         raise TypeError(
-            f"save_model: expected an ACSModel, got {type(model).__name__}; "
+            f"save_model: model, the first argument, must be an ACSModel, got {type(model).__name__}; "
             "convert it first, and pass the model itself, not its compiled form"
         )
     metadata = {
@@ -94,6 +94,10 @@ def load_model(path: str | os.PathLike[str], net: nn.Module) -> GatedModel:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"load_model: path, the first argument, must be a path, got {type(path).__name__}: load_model(path, net)"
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_model: no file {path}")
     try:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         result: int = arguments.command(arguments)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"acs-triton: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _BAD_INPUT
     return result
@@ -86,7 +86,12 @@ def inspect(arguments: argparse.Namespace) -> int:
     text = str(model.report)
     if arguments.input_size is not None:
         with torch.no_grad(), model.set_mode("hard"), model.override_masks(density=arguments.density):
-            model(torch.zeros(1, channels, height, width))
+            try:
+                model(torch.zeros(1, channels, height, width))
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(
+                    f"inspect: {arguments.model} cannot run on {channels}x{height}x{width}: {error}"
+                ) from error
             macs = model.macs()
         text += (
             f"\n\nmillion MACs at {channels}x{height}x{width}: dense {macs.dense / 1e6:.1f}, "

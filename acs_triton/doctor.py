@@ -98,7 +98,14 @@ def _torchvision_extension() -> str:
         loaded = importlib.import_module(f"{torchvision.__name__}.extension")._has_ops()
     except ImportError as error:
         return f"no torchvision ({error})"
-    return "loads" if loaded else "does not load (built for another torch); its classification networks work without"
+    return (
+        "loads"
+        if loaded
+        else (
+            "does not load (built for another torch): `import torchvision` fails, its classification networks work "
+            "through acs_triton.zoo"
+        )
+    )
 
 
 def _path(mode: str, device: str) -> str:

@@ -184,6 +184,8 @@ class GatedModel(MaskedModel):
         """
         if self.training:
             raise RuntimeError("lower: needs .training False (batch norms are folded), got True; call eval() first")
+        if example_input is not None and not isinstance(example_input, Tensor):
+            raise TypeError(f"lower: example_input must be a tensor [N, C, H, W], got {type(example_input).__name__}")
         self._caches.stale = True
         self._ensure_lowered(shape=None if example_input is None else tuple(example_input.shape))
         if example_input is not None:

@@ -21,6 +21,10 @@ def check_input(model: nn.Module, program: Program, args: tuple[Any, ...], kwarg
             f"ACSModel.forward: the input must be 4-D [N, C, H, W], got {list(batch.shape)}; "
             "add a batch dimension with x[None] if it is one image"
         )
+    if not batch.is_floating_point():
+        raise TypeError(
+            f"ACSModel.forward: the input must be floating point, got {batch.dtype}; convert it, as in x.float() / 255"
+        )
     refused = [name for name in kwargs if name in program.fixed] + program.fixed_beyond(len(args))
     if refused:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .channelwise import is_channelwise, is_channelwise_module, not_plain
 from .config import ACSConfig
+from .layers import DynamicGroupConv2d
 from .report import ConversionReport, Span
 from .trace import has_hooks
 
@@ -102,6 +103,7 @@ def check_patterns(root: nn.Module, config: ACSConfig) -> None:
                 raise ValueError(
                     f"convert_model: {field_name} pattern {pattern!r} matches no convolution; "
                     f"names look like {', '.join(map(repr, names[:4]))}"
+                    + (f"; did you mean {pattern + '.*'!r}?" if any(n.startswith(f"{pattern}.") for n in names) else "")
                 )
 
 
@@ -197,7 +199,8 @@ class _Finder:
 
     def span_or_reason(self, name: str, opaque: dict[str, str]) -> _Found | str:
         if self.config.gate == "none":
-            return 'no gates (gate="none")'
+            grouped = isinstance(self.conv(name), DynamicGroupConv2d)
+            return f'{"dynamic groups, " if grouped else ""}no gates (gate="none")'
         for submodule, reason in opaque.items():
             if name.startswith(submodule + "."):
                 return f"inside {submodule}, which {reason}"

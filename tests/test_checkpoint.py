@@ -232,3 +232,10 @@ def test_shared_and_strided_tensors_are_saved(tmp_path: Path) -> None:
     save_model(model, tmp_path / "shared")
     loaded = load_model(tmp_path / "shared", Residual())
     assert_same_output(outputs(loaded, images(), "hard"), outputs(model, images(), "hard"))
+
+
+def test_swapped_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"load_model: path, the first argument, must be a path, got Linear"):
+        load_model(nn.Linear(1, 1), tmp_path / "x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="save_model: model, the first argument, must be an ACSModel, got str"):
+        save_model("x", nn.Linear(1, 1))  # type: ignore[arg-type]

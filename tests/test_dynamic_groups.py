@@ -174,7 +174,8 @@ def test_checkpoints_and_copies(gate: str, tmp_path: Path) -> None:
 def test_without_gates_nothing_is_gated_and_the_modes_work() -> None:
     model, x = converted(gate="none"), images()
     assert not model.report.gated and len(model.gates) == 0
-    assert set(model.report.skipped.values()) == {'no gates (gate="none")'}
+    reasons = {'no gates (gate="none")', 'dynamic groups, no gates (gate="none")'}
+    assert set(model.report.skipped.values()) <= reasons and len(set(model.report.skipped.values())) == 2
     with pytest.raises(RuntimeError, match="run a forward"):
         model.macs()
     set_groups(model)

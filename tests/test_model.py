@@ -18,7 +18,7 @@ from networks import (
     third_party,
 )
 from parity import assert_parity
-from torch import Tensor
+from torch import Tensor, nn
 
 from acs_triton import ACSModel, convert_model
 
@@ -181,3 +181,12 @@ def test_caches_are_not_in_the_state() -> None:
     with model.override_masks(density=0.5):
         model(images())
         assert set(model.state_dict()) == keys
+
+
+def test_images_of_bytes_are_refused_with_advice() -> None:
+    model = convert_model(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)), gate="gap")
+    for mode in ("soft", "hard"):
+        with model.set_mode(mode), pytest.raises(TypeError, match=r"got torch\.uint8; convert it, as in x\.float\(\)"):
+            model(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="lower: example_input must be a tensor"):
+        model.eval().lower("x")  # type: ignore[arg-type]

@@ -57,6 +57,7 @@ def bench(arguments: argparse.Namespace) -> int:
         )
         for batch in dict.fromkeys(arguments.batch)
     ]
+    arguments.output.mkdir(parents=True, exist_ok=True)
     content = results.new(arguments.threads)
     for setting in settings:
         record = content["passes"][setting.key] = measure(setting, stage)

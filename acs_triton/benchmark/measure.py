@@ -111,7 +111,7 @@ class Pass:
         try:
             with torch.no_grad():
                 result = calibrated(given, shown)(shown)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             raise ValueError(f"bench: {setting.network} does not run on images {setting.size}: {error}") from error
         if not isinstance(result, Tensor):
             raise ValueError(f"bench: {setting.network} must return one tensor, got {type(result).__name__}")

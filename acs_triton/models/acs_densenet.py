@@ -168,6 +168,10 @@ class ACSDenseNet(GatedModel):
         channels = self.stem.conv.in_channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"ACSDenseNet.forward: x must be 4-D [N, {channels}, H, W], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"ACSDenseNet.forward: x must be floating point, got {x.dtype}; convert it: x.float() / 255"
+            )
         self.map_sizes(x.shape[2], x.shape[3])
         return x
 
