@@ -1,6 +1,6 @@
 """G-ResNeXt-50 from training with the regulariser to real groups: the same function masked and grouped, in one run.
 
-python -m bench.g_resnext        # about three minutes on two cores; writes bench/results/g-resnext50.json
+python -m bench.g_resnext        # about three minutes on two cores; writes bench/results/g_resnext50.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from acs_triton.machine import machine
 from acs_triton.models import GResNeXt, g_resnext50, group_density
 from acs_triton.timing import Timing, interleaved
 
-RESULT = Path(__file__).parent / "results" / "g-resnext50.json"
+RESULT = Path(__file__).parent / "results" / "g_resnext50.json"
 MASKED, FOLDED, GROUPED = "masked", "masked once, BN folded", "grouped"
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -64,7 +64,7 @@ def trained(images: Images, density: float, steps: int, batch: int = 16, size: i
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         chosen = torch.randint(len(images.train), (batch,), generator=generator)
-        with compute_dtype():
+        with compute_dtype(torch.device("cpu")):
             logits = network(enlarged(images.train[chosen], size))
         loss = F.cross_entropy(logits.float(), images.train_labels[chosen])
         loss = loss + 10 * (group_density(network) - density) ** 2
