@@ -146,7 +146,7 @@ class KernelEmitter(Emitter):
         if in_active is None and out_active is None:
             weights = self._packed(self._kernels.pack_grouped(weight, conv.parts)), self._packed_or_none(bias)
             arguments = (x, *weights, residual, from_input, from_result, conv.parts, *end)
-            value = self.graph.call_function(regroup.regrouped_on_kernels, arguments)
+            value = self.graph.call_function(regroup.regrouped, arguments, {"on_kernels": True})
             value.meta["layer"] = Layer(str(conv_node.target), None, None)
             return value
         x, in_active = self._moved_input(conv_node, fused, x, in_active, from_input)

@@ -41,27 +41,18 @@ def regrouped(
     groups: int,
     geometry: Geometry,
     activation: str,
+    on_kernels: bool = False,
 ) -> Tensor:
-    """activation(grouped conv2d(x, weight) + bias + residual) on dense tensors, with the moves that did not fold."""
-    x = x if from_input is None else select(x, from_input)
-    y = sparse.grouped(x, weight, bias, geometry, groups, activation if residual is None else "none")
-    return finished(y, residual, from_result, activation)
+    """activation(grouped conv2d(x, weight) + bias + residual) on dense tensors, with the moves that did not fold.
 
-
-def regrouped_on_kernels(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    from_input: Tensor | None,
-    from_result: Tensor | None,
-    groups: int,
-    geometry: Geometry,
-    activation: str,
-) -> Tensor:
-    """`regrouped` with a weight from `kernels.pack_grouped`."""
+    on_kernels: the weight is from `kernels.pack_grouped`.
+    """
     x = x if from_input is None else select(x, from_input)
-    y = packed.grouped_conv(x, weight, bias, groups, geometry, activation if residual is None else "none")
+    name = activation if residual is None else "none"
+    if on_kernels:
+        y = packed.grouped_conv(x, weight, bias, groups, geometry, name)
+    else:
+        y = sparse.grouped(x, weight, bias, geometry, groups, name)
     return finished(y, residual, from_result, activation)
 
 

@@ -106,8 +106,9 @@ class Convolution:
         """With another bias and activation."""
         weight, end = self.weight, (self.geometry, activation)
         if self.from_result is not None:
-            run = regroup.regrouped_on_kernels if self.on_kernels else regroup.regrouped
-            return run(x, weight, bias, None, None, self.from_result, self.groups, *end)
+            return regroup.regrouped(
+                x, weight, bias, None, None, self.from_result, self.groups, *end, on_kernels=self.on_kernels
+            )
         if not self.on_kernels:
             y = sparse.conv(x, weight, bias, in_active, out_active, None, *end)
             assert isinstance(y, Tensor)  # the lists say so
