@@ -45,12 +45,8 @@ def not_plain(conv: nn.Conv2d) -> str | None:
 
     That is exactly an `nn.Conv2d` or a `DynamicGroupConv2d`, ungrouped, zero-padded, unhooked.
     """
-    if is_parametrized(conv):
-        return "parametrized"
-    if type(conv) not in (nn.Conv2d, DynamicGroupConv2d):
-        return f"another conv class ({type(conv).__name__})"
-    if has_hooks(conv):
-        return "hook"
+    if kind := not_its_own(conv):
+        return kind
     if conv.groups != 1:
         return "depthwise conv" if conv.groups == conv.in_channels else "grouped conv"
     if conv.padding_mode != "zeros":
@@ -58,6 +54,15 @@ def not_plain(conv: nn.Conv2d) -> str | None:
     if symmetric_padding(conv) is None:
         return "asymmetric padding"
     return None
+
+
+def not_its_own(conv: nn.Conv2d) -> str | None:
+    """Why calling `conv` is more, or other, than the convolution that its weight and geometry say."""
+    if is_parametrized(conv):
+        return "parametrized"
+    if type(conv) not in (nn.Conv2d, DynamicGroupConv2d):
+        return f"another conv class ({type(conv).__name__})"
+    return "hook" if has_hooks(conv) else None
 
 
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -143,7 +143,7 @@ class ConvWeights:
         self.c_out, self.c_in, height, width = weight.shape
         self.taps = height * width
         self.depthwise = geometry[3] > 1
-        self.finite = bool(weight.isfinite().all()) and (bias is None or bool(bias.isfinite().all()))
+        self.finite = bool(weight.isfinite().all())
         self._sizes: OrderedDict[tuple[Size, int], _Forms] = OrderedDict()
         self.work: dict[tuple[object, ...], ways.Work] = {}
         self._padded_bias: Tensor | None = None

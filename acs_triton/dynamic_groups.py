@@ -6,10 +6,9 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
+from .channelwise import not_its_own
 from .layers import DynamicGroupConv2d
-from .trace import has_hooks
 
 
 def make_dynamic(root: nn.Module, patterns: tuple[str, ...]) -> dict[nn.Module, nn.Module]:
@@ -44,12 +43,8 @@ def make_dynamic(root: nn.Module, patterns: tuple[str, ...]) -> dict[nn.Module, 
 
 
 def _impossible(conv: nn.Conv2d) -> str | None:
-    if is_parametrized(conv):
-        return "parametrized"
-    if type(conv) not in (nn.Conv2d, DynamicGroupConv2d):
-        return f"another conv class ({type(conv).__name__})"
-    if has_hooks(conv):
-        return "hook"
+    if kind := not_its_own(conv):
+        return kind
     if conv.groups != 1:
         return f"{conv.groups} groups already"
     return None if conv.padding_mode == "zeros" else f'padding_mode "{conv.padding_mode}"'

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,9 @@ from .fold import (
 from .fusion import Fused
 from .gates import ConvGate, PooledGate, projections
 
-if TYPE_CHECKING:
-    from .model import ACSModel
-
 
 class Emitter(DynamicGroupWriter):
     """The graph for CPU tensors; `emit_kernels` has the one for the Triton kernels."""
-
-    def fuses_activations(self, model: ACSModel) -> bool:
-        # oneDNN's activations make zeros of NaN: those of a network that diverged must be seen.
-        return all(bool(parameter.isfinite().all()) for parameter in (*model.parameters(), *model.buffers()))
 
     def build(self) -> None:
         self._order = {node: position for position, node in enumerate(self.program.graph.nodes)}

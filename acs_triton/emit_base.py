@@ -23,12 +23,13 @@ class GraphWriter:
     graph: what was written. tensors: the packed weights that it reads by position.
     convs: position of the weight of each convolution that may be gated, by the layer's name.
     orders: in which order the channels of values are stored.
+    fuse_activations: whether a convolution takes in the activation after it.
     """
 
     _model_node: fx.Node
     _tensors_node: fx.Node
 
-    def __init__(self, model: ACSModel, program: Program) -> None:
+    def __init__(self, model: ACSModel, program: Program, fuse_activations: bool = True) -> None:
         self.model = model
         self.program = program
         self.graph = fx.Graph()
@@ -40,12 +41,8 @@ class GraphWriter:
         self._producers = {node: name for name, node in program.plan.producer.items()}
         self._span_of_body = {node: name for name, body in program.plan.body.items() for node in body}
         inside_spans = {*self._producers, *self._span_of_body}
-        self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans, self.fuses_activations(model))
+        self._fusion = Fusion(program.graph, dict(model.named_modules()), inside_spans, fuse_activations)
         self.orders = ChannelOrders(program, self._fusion)
-
-    def fuses_activations(self, model: ACSModel) -> bool:
-        """Whether a convolution with its activation in one step computes what the two do."""
-        return True
 
     def _is_gate(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith("gates.")

@@ -51,9 +51,6 @@ class KernelEmitter(Emitter):
             if isinstance(self._fusion.module(node), PooledGate)
         }
 
-    def fuses_activations(self, model: ACSModel) -> bool:
-        return True
-
     def _decide(self, situation: fallback.Situation) -> frozenset[str]:
         from .kernels.gated_conv2d import conv_precision
         from .kernels.measured import table

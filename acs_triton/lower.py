@@ -73,6 +73,8 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None, expected
     situation, undecided = None, False
     if implementation is not cpu and kept is None:
         situation, undecided = _situation(model, programs, expected, device)
+    # oneDNN's activations make zeros of NaN: those of a network that diverged must be seen.
+    fuse_activations = implementation is not cpu or _is_finite(model)
     dense_spans: set[str] = set()
     parts = {}
     for part, program in programs.by_part.items():
@@ -80,7 +82,7 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None, expected
         # Never inference tensors: they could not be written again outside of inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             if implementation is cpu:
-                emitter = Emitter(model, program)
+                emitter = Emitter(model, program, fuse_activations)
             else:
                 emitter = KernelEmitter(model, program, implementation, dtype, situation, kept)
                 dense_spans |= emitter.dense_spans
@@ -110,6 +112,10 @@ def _situation(
     if expected.input_shape is None:
         return None, True
     return fallback.situation(model, programs, expected, chip), False
+
+
+def _is_finite(model: ACSModel) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *model.buffers()))
 
 
 def target(device: torch.device) -> tuple[ModuleType, torch.dtype | None]:
