@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -16,83 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn, ways
+from .buffers import Buffer, Lent, Pool, Size, pool_for
 from .decision import Stretch
 from .onednn import Geometry, Layout
 
-Size = tuple[int, int, int]
-"""Samples, height, width of an input."""
 Fill = Callable[["Buffer", Any, Any], None]
 """Writes the weight between the active channels of two sides into a buffer."""
 # Packed weights are true to one input size.
 _SIZES_KEPT = 4
-# All gathered weights share buffers of the same shape; a network at one density needs about its own largest layers.
-_BUFFER_BYTES = 256 << 20
-
-
-class Buffer:
-    """A packed weight whose memory is written again at each use."""
-
-    def __init__(self, packed: Tensor, memory: Tensor) -> None:
-        self.packed, self.memory = packed, memory
-        self._views: dict[tuple[int, ...], list[Tensor]] = {}
-
-    @classmethod
-    def make(
-        cls,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        size: Size,
-        geometry: Geometry,
-        layout: Layout,
-    ) -> Buffer | None:
-        """One for weights of this shape; None where oneDNN, asked again, lays them out in another way."""
-        # Ordinary tensors also when made inside of inference mode: they are written again outside of it.
-        with torch.inference_mode(False):
-            numbers = onednn.pattern(shape, dtype)
-            packed = onednn.pack(numbers, size, geometry)
-            memory = onednn.memory(packed, dtype)
-            if not torch.equal(onednn.blocked(numbers, layout).flatten(), memory):
-                return None
-            # Zeros: where a layout is padded, nothing is written later.
-            memory.zero_()
-        return cls(packed, memory)
-
-    def views(self, *shape: int) -> list[Tensor]:
-        """The memory as tensors of this shape, one after another."""
-        known = self._views.get(shape)
-        if known is None:
-            with torch.inference_mode(False):
-                known = self._views[shape] = list(self.memory.view(-1, *shape))
-        return known
-
-
-class _Pool:
-    """Buffers of one shape and layout that nobody uses now."""
-
-    def __init__(self) -> None:
-        self.free: list[Buffer] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.memory.nbytes for buffer in tuple(self.free))
-
-
-_pools: OrderedDict[tuple[object, ...], _Pool] = OrderedDict()
-_pools_lock = Lock()
-
-
-def _pool(key: tuple[object, ...]) -> _Pool:
-    """The buffers for a key; the longest unused ones of the others go where all together are too large."""
-    with _pools_lock:
-        known = _pools.setdefault(key, _Pool())
-        _pools.move_to_end(key)
-        kept = sum(pool.nbytes for pool in _pools.values())
-        for other in list(_pools.values()):
-            if kept <= _BUFFER_BYTES:
-                break
-            kept -= other.nbytes
-            other.free.clear()
-    return known
 
 
 class Recipe(NamedTuple):
@@ -101,19 +31,9 @@ class Recipe(NamedTuple):
     fill(buffer, into, out) writes the active part of the weight into a buffer that `make` made.
     """
 
-    pool: _Pool
+    pool: Pool
     make: Callable[[], Buffer | None]
     fill: Fill
-
-
-class Lent(NamedTuple):
-    """A buffer and where to put it back."""
-
-    buffer: Buffer
-    pool: _Pool
-
-    def give_back(self) -> None:
-        self.pool.free.append(self.buffer)
 
 
 class _Forms:
@@ -215,7 +135,7 @@ class ConvWeights:
             fill = self._whole_blocks(layout, out) if into is None else self._rows_of_some_blocks(layout, into, out)
         else:
             fill = self._columns_of_blocks(layout, n_out, into, out)
-        pool = _pool((shape, self.dtype, layout, self.depthwise))
+        pool = pool_for((shape, self.dtype, layout, self.depthwise))
         return Recipe(pool, lambda: Buffer.make(shape, self.dtype, size, geometry, layout), fill)
 
     def _rows_of_blocks(self, layout: Layout, into: Stretch) -> Fill:

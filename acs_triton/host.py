@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn, ways
-from .conv_weights import ConvWeights, Lent
+from .buffers import Lent
+from .conv_weights import ConvWeights
 from .decision import Active, Stretch, aligned_runs
 from .parts import LONGEST_RUN, Part, Parts, Runs, active_of, as_compact, joined, split, whole_of
 

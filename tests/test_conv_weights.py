@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acs_triton import onednn
-from acs_triton.conv_weights import ConvWeights, Lent
+from acs_triton.buffers import Lent
+from acs_triton.conv_weights import ConvWeights
 from acs_triton.decision import Stretch
 
 pytestmark = pytest.mark.skipif(not onednn.available(torch.float32), reason="this PyTorch has no oneDNN")

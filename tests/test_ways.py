@@ -10,7 +10,7 @@ from networks import assert_same_output, images, outputs, random_masks, randomis
 from planted import plant_nan
 from torch import Tensor, nn
 
-from acs_triton import ACSModel, conv_weights, convert_model, host, onednn, sparse, ways
+from acs_triton import ACSModel, buffers, convert_model, host, onednn, sparse, ways
 from acs_triton.conv_weights import ConvWeights
 from acs_triton.decision import aligned_runs
 from acs_triton.ways import WAYS, Work, fastest
@@ -238,7 +238,7 @@ def test_another_number_of_threads_is_seen() -> None:
     try:
         for count in (2, 1, 3):
             torch.set_num_threads(count)
-            conv_weights._pools.clear()
+            buffers._pools.clear()
             with ways.forcing("gather"):
                 masks = random_masks(model, 1, 0.5, seed=count)
                 assert_same_output(outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks), tolerance=1e-5)
