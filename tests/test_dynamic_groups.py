@@ -1,4 +1,4 @@
-"""Networks with dynamic groups: conversion and back, and for equal masks and groups, sparse == hard."""
+"""Networks with dynamic groups: conversion and back, without channel gates too."""
 
 from __future__ import annotations
 
@@ -8,57 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamic_group_cases import EVERY, check, converted, original, steps
 from networks import (
     Bottlenecks,
-    Chain,
     assert_same_output,
     images,
     mix_gates,
     outputs,
-    random_masks,
-    randomised,
     set_groups,
-    third_party,
 )
-from planted import plant_nan
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from acs_triton import ACSModel, DynamicGroupConv2d, channel_order, convert_model, load_model, save_model, unconvert
-
-EVERY = ["reduce", "spatial", "grow", "expand", "shrink"]
-
-
-@pytest.fixture
-def _narrow_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every group of these small networks is a part of its own."""
-    monkeypatch.setattr(channel_order, "SMALLEST_PART", 1)
-
-
-def original() -> nn.Module:
-    torch.manual_seed(0)
-    return randomised(Bottlenecks(), images()).eval()
-
-
-def converted(names: list[str] | None = None, gate: str = "gap", **options: object) -> ACSModel:
-    dynamic = EVERY if names is None else names
-    return convert_model(original(), gate=gate, dynamic_groups=dynamic, gate_hidden=8, **{"granularity": 4, **options})
-
-
-def check(model: ACSModel, samples: int = 3, density: float = 0.5, tolerance: float = 1e-4) -> Tensor:
-    x, masks = images(samples, 12), random_masks(model, samples, density)
-    sparse, hard = outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks)
-    assert_same_output(sparse, hard, tolerance)
-    return sparse
-
-
-def steps(model: ACSModel) -> list[str]:
-    """What the lowered graph calls."""
-    nodes = model._caches.lowered.by_part[""].graph.nodes
-    return [node.target.__name__ for node in nodes if node.op == "call_function"]
-
-
-# ---------------------------------------------------------------------- conversion
+from acs_triton import DynamicGroupConv2d, convert_model, load_model, save_model, unconvert
 
 
 def test_only_gates_are_new_and_the_function_is_the_same() -> None:
@@ -168,9 +129,6 @@ def test_checkpoints_and_copies(gate: str, tmp_path: Path) -> None:
     assert torch.equal(unconvert(loaded).spatial.weight, unconvert(copied).spatial.weight)
 
 
-# ---------------------------------------------------------------------- without channel gates
-
-
 def test_without_gates_nothing_is_gated_and_the_modes_work() -> None:
     model, x = converted(gate="none"), images()
     assert not model.report.gated and len(model.gates) == 0
@@ -206,202 +164,3 @@ def test_parts_of_an_untraceable_network_get_real_groups() -> None:
     assert_same_output(outputs(model, images(), "sparse"), outputs(model, images(), "hard"))
     names = [str(node.target) for node in model._caches.lowered.by_part["block"].graph.nodes]
     assert any("regrouped" in name for name in names)
-
-
-# ---------------------------------------------------------------------- the law of exactness
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize(
-    ("name", "patterns"),
-    [
-        ("torchvision/resnet18", ["layer*.conv1", "layer2.*.conv2"]),
-        ("torchvision/resnet50", ["layer*.conv2"]),
-        pytest.param("torchvision/resnet50", ["layer[24]*"], marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("gate", ["gap", "none"])
-def test_sparse_is_hard_on_real_networks(name: str, patterns: list[str], gate: str, samples: int) -> None:
-    model = convert_model(third_party(name), gate=gate, dynamic_groups=patterns, gate_hidden=8)
-    x = images(samples, 64)
-    set_groups(model, 1.0)
-    whole = outputs(model, x, "hard", random_masks(model, samples, 0.5))
-    for seed, share in enumerate((0.0, 0.4, 0.8)):
-        assert len(set_groups(model, share, seed)) >= 8
-        masks = random_masks(model, samples, 0.5)
-        sparse, hard = outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks)
-        assert_same_output(sparse, hard)
-        assert (hard - whole).abs().max() > 1e-3 * whole.abs().max(), "the groups change nothing"
-
-
-@pytest.mark.usefixtures("_narrow_parts")
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("names", [["spatial"], ["reduce", "grow", "shrink"], EVERY])
-@pytest.mark.parametrize("gate", ["gap", "acs", "none"])
-def test_sparse_is_hard_for_every_placement(gate: str, names: list[str], samples: int) -> None:
-    model = converted(names, gate)
-    for seed in range(6):
-        set_groups(model, 0.6, seed)
-        check(model, samples, 0.5)
-
-
-@pytest.mark.usefixtures("_narrow_parts")
-@pytest.mark.parametrize("granularity", [1, 8, 32])
-@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-def test_sparse_is_hard_at_every_density(granularity: int, density: float) -> None:
-    model = converted(granularity=granularity)
-    for seed in range(3):
-        set_groups(model, 0.6, seed)
-        check(model, 3, density)
-
-
-@pytest.mark.parametrize("names", [["spatial"], EVERY])
-def test_double_precision_is_exact_to_rounding(names: list[str]) -> None:
-    model = converted(names).double()
-    set_groups(model)
-    x, masks = images().double(), random_masks(model, 3, 0.5)
-    assert_same_output(outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks), tolerance=1e-12)
-
-
-def test_autocast_computes_in_its_dtype() -> None:
-    model, x = converted(), images()
-    set_groups(model)
-    masks = random_masks(model, 3, 0.5)
-    exact = outputs(model, x, "hard", masks)
-    with torch.autocast("cpu", torch.bfloat16):
-        sparse = outputs(model, x, "sparse", masks)
-    assert sparse.dtype == torch.bfloat16
-    assert_same_output(sparse.float(), exact, 0.05)
-
-
-@pytest.mark.parametrize("gate", ["gap", "acs"])
-def test_own_decisions_agree(gate: str) -> None:
-    model, x = converted(gate=gate), images(4)
-    set_groups(model)
-    mix_gates(model, x)
-    hard = outputs(model, x, "hard")
-    masks = model.masks()
-    assert_same_output(outputs(model, x, "sparse"), hard)
-    assert all(torch.equal(model.masks()[name], mask) for name, mask in masks.items())
-    assert any((mask != mask[:1]).any() for mask in masks.values()), "the samples should differ"
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("smallest", [1, 64])
-def test_nan_in_skipped_weights_and_outside_of_the_groups_stays_there(
-    samples: int, smallest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(channel_order, "SMALLEST_PART", smallest)
-    for gate in ("acs", "none"):
-        model, x = converted(gate=gate), images(samples)
-        set_groups(model, 0.4)
-        masks = random_masks(model, samples, 0.3)
-        clean = outputs(model, x, "hard", masks)
-        planted = plant_nan(original(), model, x, masks)
-        assert planted >= len(masks)
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, DynamicGroupConv2d):
-                    module.weight[module.connections() == 0] = float("nan")
-        assert outputs(model, x, "hard", masks).isnan().any(), "the NaN was planted where it matters"
-        assert_same_output(outputs(model, x, "sparse", masks), clean)
-
-
-# ---------------------------------------------------------------------- what the lowered graph does
-
-
-def test_permutations_fold_into_neighbours() -> None:
-    """reduce -> spatial -> grow, and expand -> norm -> depthwise -> shrink: nothing is moved at run time."""
-    for gate in ("none", "gap"):
-        model = converted(["spatial", "shrink"], gate)
-        with torch.no_grad():
-            model.spatial.gate.copy_(torch.tensor([1.0, -1, 1, -1, 1, 1, 1]))
-            model.shrink.gate.copy_(torch.tensor([1.0, -1, 1, 1, -1]))
-        sparse = check(model)
-        called = steps(model)
-        assert not {"select", "reorder"} & set(called), called
-        if gate == "none":
-            assert called.count("regrouped") == 2
-            moved = [node for node in model._caches.lowered.by_part[""].graph.nodes if "regrouped" in str(node.target)]
-            # The bottleneck's is in order; the inverted residual's norm does not fold, so its input is selected.
-            assert [[value is not None for value in node.args[4:6]] for node in moved] == [[False, False], [True, True]]
-        else:
-            assert called.count("gated") == 2
-        assert sparse.isfinite().all()
-
-
-def test_whole_groups_lower_to_an_ordinary_convolution() -> None:
-    model = converted()
-    set_groups(model, 1.0)
-    check(model)
-    assert not {"regrouped", "gated", "relabel"} & set(steps(model))
-
-
-@pytest.mark.parametrize("gate", ["gap", "none"])
-def test_a_step_that_flips_a_gate_lowers_again(gate: str) -> None:
-    model, x = converted(gate=gate, target_group_density=0.01), images()
-    check(model)
-    before, groups = steps(model), model.spatial.groups_now()
-    optimizer = torch.optim.SGD(model.parameters(), lr=100.0)
-    model.train()(x)
-    model.cost_loss().backward()
-    for layer in (model.spatial, model.grow):
-        assert (layer.gate.grad > 0).all(), "descent closes gates"
-    optimizer.step()
-    model.eval()
-    assert model.spatial.groups_now() > groups == 1
-    check(model)
-    assert steps(model) != before
-
-
-@pytest.mark.parametrize("gate", ["gap", "none"])
-def test_another_permutation_of_as_many_groups_is_seen(gate: str) -> None:
-    model, x = converted(["spatial"], gate), images()
-    masks = random_masks(model, 3, 0.5)
-    results = []
-    for closed in (0, 6, 3):
-        with torch.no_grad():
-            model.spatial.gate.fill_(1.0)[closed] = -1.0
-        results.append(outputs(model, x, "sparse", masks))
-        executed = model.macs().layers["spatial"].executed
-        assert executed == pytest.approx(model.macs().layers["spatial"].ideal)
-        assert_same_output(results[-1], outputs(model, x, "hard", masks))
-    assert not torch.allclose(results[0], results[1])
-
-
-@pytest.mark.parametrize("gate", ["gap", "none"])
-def test_compiled_code_sees_flipped_gates(gate: str) -> None:
-    torch._dynamo.reset()
-    model, x = converted(gate=gate), images()
-    set_groups(model, 0.5)
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model.lower(x), backend=counter, fullgraph=True)
-    masks = random_masks(model, 3, 0.5)
-    for seed in (0, 1):
-        set_groups(model, 0.5, seed)
-        model.eval()
-        with torch.no_grad(), model.override_masks(masks):
-            actual = compiled(x)
-        assert_same_output(actual, outputs(model, x, "hard", masks))
-    assert counter.frame_count >= 1
-
-
-def test_soft_mode_compiles_as_one_graph() -> None:
-    torch._dynamo.reset()
-    model, x = converted(["spatial", "grow"]).train(), images()
-    set_groups(model)
-    expected = copy.deepcopy(model)(x)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    actual = compiled(x)
-    assert_same_output(actual.detach(), expected.detach())
-    (actual.sum() + model.cost_loss()).backward()
-    assert model.spatial.gate.grad.any()
-
-
-def test_a_dynamic_layer_put_in_later_is_lowered() -> None:
-    model = convert_model(randomised(Chain(), images()).eval(), gate="gap", granularity=4)
-    check(model)
-    model.b = DynamicGroupConv2d(32, 32, 3, stride=2, padding=1)
-    set_groups(model, 0.3)
-    check(model)
-    assert "gated" in steps(model)

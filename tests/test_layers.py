@@ -153,9 +153,6 @@ def test_state_has_weight_bias_and_gate_and_loads() -> None:
     torch.testing.assert_close(second(x), first(x))
 
 
-# ---------------------------------------------------------------------- real groups
-
-
 # 64 -> 128 and 192 -> 320 have every gate vector of K = 6.
 RECTANGLES = [(64, 128), (32, 16), (48, 48), (6, 4), (1, 1), (3, 5), (96, 64), (64, 64), (192, 320)]
 
@@ -203,9 +200,6 @@ def test_grouped_shares_nothing_and_reads_no_removed_weight() -> None:
         grouped.conv.weight.zero_()
         grouped.conv.bias.zero_()
     assert layer.weight[layer.connections() > 0].all() and layer.bias.any()
-
-
-# ---------------------------------------------------------------------- from a convolution
 
 
 def test_from_a_convolution_it_starts_as_the_same_function_and_can_close() -> None:
