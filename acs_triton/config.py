@@ -57,9 +57,9 @@ class ACSConfig:
         _expect_choice("gate", self.gate, GATES)
         _expect_choice("eval_mode", self.eval_mode, EVAL_MODES)
         for name in ("gate_hidden", "min_channels", "spans_per_gate"):
-            _expect_positive_int(name, getattr(self, name))
+            expect_positive_int(f"ACSConfig: {name}", getattr(self, name))
         if _groups_a_layer(self.granularity) is None and self.granularity != "auto":
-            _expect_positive_int("granularity", self.granularity, also='or "auto" or "groups:4"')
+            expect_positive_int("ACSConfig: granularity", self.granularity, also='or "auto" or "groups:4"')
         expect_density("ACSConfig: target_density", self.target_density, "half of the channels on average")
         if self.target_group_density is not None:
             expect_density("ACSConfig: target_group_density", self.target_group_density, "half of the connections")
@@ -125,12 +125,13 @@ def _expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"ACSConfig: {name} must be {expected}, got {value!r}")
 
 
-def _expect_positive_int(name: str, value: object, also: str = "") -> None:
+def expect_positive_int(name: str, value: object, also: str = "") -> None:
+    """`name` speaks for itself in the message, `also` says what else is allowed."""
     expected = f"a positive int {also}".strip()
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"ACSConfig: {name} must be {expected}, got {value!r}")
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
     if value < 1:
-        raise ValueError(f"ACSConfig: {name} must be {expected}, got {value}")
+        raise ValueError(f"{name} must be {expected}, got {value}")
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ real forward of a blank image, so every operator that torch can count is counted
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -265,19 +266,25 @@ class _Counter(fx.Interpreter):
         return result
 
 
-def _node_macs(model: ACSModel, graphs: _Graphs, sample_shape: tuple[int, ...]) -> dict[fx.Node, int]:
+def run_blank(model: ACSModel, runner: Callable[[str, tuple[Any, ...]], Any], sample_shape: tuple[int, ...]) -> None:
+    """One blank sample through the network, `runner(part, inputs)` standing in for `run_part`."""
     parameter = next(model.parameters())
     blank = torch.zeros(1, *sample_shape, dtype=parameter.dtype, device=parameter.device)
+    # Eval, so that no running statistics move and a batch norm accepts one value per channel.
+    with kept_training_flags(model), torch.no_grad():
+        for module in model.modules():
+            module.training = False
+        with model.running_parts_with(runner):
+            runner("", (blank,))
+
+
+def _node_macs(model: ACSModel, graphs: _Graphs, sample_shape: tuple[int, ...]) -> dict[fx.Node, int]:
     macs: dict[fx.Node, int] = {}
 
     def run(part: str, inputs: tuple[Any, ...]) -> Any:
         graph, packed = graphs[part]
         return _Counter(model, graph, counter, macs).run(AllOpen(model), *packed, *inputs)
 
-    # Eval, so that no running statistics move and a batch norm accepts one value per channel.
-    with kept_training_flags(model), FlopCounterMode(display=False) as counter, torch.no_grad():
-        for module in model.modules():
-            module.training = False
-        with model.running_parts_with(run):
-            run("", (blank,))
+    with FlopCounterMode(display=False) as counter:
+        run_blank(model, run, sample_shape)
     return macs

@@ -79,13 +79,9 @@ def _equal_rows(keep: np.ndarray) -> list[tuple[int, int]]:
     return [(first, last) for first, last in pairwise(starts) if last > first]
 
 
+@lru_cache(maxsize=4096)
 def aligned_runs(groups: tuple[int, ...], longest: int) -> list[tuple[int, int]]:
     """(first group, number of groups) of aligned runs of 1, 2, 4 ... `longest` groups that cover the given ones."""
-    return _aligned_runs(tuple(groups), longest)
-
-
-@lru_cache(maxsize=4096)
-def _aligned_runs(groups: tuple[int, ...], longest: int) -> list[tuple[int, int]]:
     runs = []
     position = 0
     while position < len(groups):

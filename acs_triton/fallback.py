@@ -11,15 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import fx, nn
 
-from .cost import AllOpen
+from .cost import AllOpen, run_blank
 from .executed import Layer
 from .fold import Folded
 from .program import Programs
 from .state import Expected
-from .trace import kept_training_flags
 
 if TYPE_CHECKING:
     from .kernels.measured import Chip, LayerShape, LayerTimes
@@ -120,17 +118,11 @@ def _connected(layers: Iterable[Layer]) -> list[set[str]]:
 
 def _input_sizes(model: ACSModel, programs: Programs, input_shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     sizes: dict[str, tuple[int, int]] = {}
-    parameter = next(model.parameters())
-    blank = torch.zeros(1, *input_shape[1:], dtype=parameter.dtype, device=parameter.device)
 
     def run(part: str, inputs: tuple[Any, ...]) -> Any:
         return _SizeReader(model, programs.by_part[part].graph, sizes).run(AllOpen(model), *inputs)
 
-    with kept_training_flags(model), torch.no_grad():
-        for module in model.modules():
-            module.training = False
-        with model.running_parts_with(run):
-            run("", (blank,))
+    run_blank(model, run, input_shape[1:])
     return sizes
 
 

@@ -16,7 +16,7 @@ from .dispatch import implementation, run_direct
 from .onednn import activate_
 from .ops import ActiveChannels, flat
 from .reference.gated_conv2d import sides, spatial_size
-from .sparse import Geometry
+from .sparse import MERGED, Geometry
 
 if TYPE_CHECKING:
     from .gated import GatedModel
@@ -25,8 +25,6 @@ Sizes = list[tuple[int, int]]
 """Channels and granularity of each head."""
 Shape = tuple[int, int, int, int]
 """Of a convolution's weight before it was packed: (C_out, C_in, kh, kw)."""
-# The front of a ConvGate, merged: see `fold.merged_convs`.
-FRONT: Geometry = ((4, 4), (2, 2), (2, 2))
 
 
 def dense_conv(
@@ -200,7 +198,7 @@ def conv_gate(
     spans: Sequence[str],
 ) -> tuple[ActiveChannels, ...]:
     """ConvGate with its decision, in two launches: the merged front, then window means, matrix and compaction."""
-    hidden = conv(x, front, shift, shape, in_active, None, None, FRONT, "relu")
+    hidden = conv(x, front, shift, shape, in_active, None, None, MERGED, "relu")
     kernels = implementation(x.device)
     if run_direct(hidden):
         decided = kernels.conv_gate_head_packed(

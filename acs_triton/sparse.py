@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Stride, padding, dilation, each (height, width)."""
-_MERGED: Geometry = ((4, 4), (2, 2), (2, 2))
+# Of the front of a ConvGate, whose first two convolutions are one: see `fold.merged_convs`.
+MERGED: Geometry = ((4, 4), (2, 2), (2, 2))
 
 
 def conv(
@@ -284,7 +285,7 @@ def conv_gate(
     """
     with full_precision(x):
         features = x.each(Tensor.float) if isinstance(x, Parts) else x.float()
-        hidden = conv(features, weight, bias, in_active, None, None, _MERGED, "relu")
+        hidden = conv(features, weight, bias, in_active, None, None, MERGED, "relu")
         assert isinstance(hidden, Tensor)  # its outputs are not gated
         if _decides_on_host(x):
             return _decided(model, window_means(hidden).numpy(), tails, spans)

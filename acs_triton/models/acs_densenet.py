@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ACSConfig
+from ..config import ACSConfig, expect_positive_int
 from ..cost import MacReport
 from ..gated import GatedModel
 from ..gates import GATE_CLASSES, ConvGate, Head, PooledGate
@@ -82,7 +82,9 @@ class ACSDenseNet(GatedModel):
             "num_classes": num_classes, "in_channels": in_channels, "image_size": image_size,
             "growth_rate": growth_rate, "bn_size": bn_size, "initial_features": initial_features,
         }  # fmt: skip
-        _check_counts({**counts, **{f"block_config[{b}]": layers for b, layers in enumerate(block_config)}})
+        counts |= {f"block_config[{block}]": layers for block, layers in enumerate(block_config)}
+        for name, value in counts.items():
+            expect_positive_int(f"acs_densenet: {name}", value)
         if not block_config:
             raise ValueError("acs_densenet: block_config must name the layers of at least one block, got none")
         if stem is None:
@@ -222,11 +224,3 @@ class ACSDenseNet(GatedModel):
                         nn.init.ones_(conv.gate).requires_grad_(False)
                 gates[span.gate] = gate
         return gates
-
-
-def _check_counts(counts: dict[str, object]) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"acs_densenet: {name} must be a positive int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"acs_densenet: {name} must be a positive int, got {value}")

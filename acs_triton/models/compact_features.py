@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cpu, ops
+from .. import cpu
+from ..dispatch import implementation, run_direct
 from ..reference.compact_channels import ActiveChannels, padded_channels
 
 
@@ -36,7 +37,7 @@ def append(
     """
     if decision is None:
         return Features(torch.cat([features.values, new], 1))
-    now = ops.run_direct(new) and ops.implementation(new.device) is cpu
+    now = run_direct(new) and implementation(new.device) is cpu
     values, active, skipped = features
     if active is None or skipped is None:
         values, active, skipped = _with_room(values, room, decision.granularity, filled=not now)
