@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import onednn, ways
 from .buffers import Buffer, Lent, Pool, Size, pool_for
-from .decision import Stretch
+from .decision import Kept
 from .onednn import Geometry, Layout
 
 Fill = Callable[["Buffer", Any, Any], None]
@@ -50,7 +50,7 @@ class ConvWeights:
     """One folded convolution in one dtype: weight [C_out, C_in / groups, kh, kw], bias [C_out] or None.
 
     finite: whether zeros times the weight are zeros. tuned: the way that was measured to be fastest, if any.
-    work: cache of its descriptions for the cost model.
+    work, plans: caches of its descriptions for the cost model, and of `plans`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> None:
@@ -66,6 +66,7 @@ class ConvWeights:
         self.finite = bool(weight.isfinite().all())
         self._sizes: OrderedDict[tuple[Size, int], _Forms] = OrderedDict()
         self.work: dict[tuple[object, ...], ways.Work] = {}
+        self.plans: dict[tuple[object, ...], Any] = {}
         self._padded_bias: Tensor | None = None
         self._masters: dict[tuple[object, ...], Tensor] = {}
 
@@ -89,7 +90,7 @@ class ConvWeights:
             packed[dimension, first, number] = known
         return known
 
-    def gathered_bias(self, out: Stretch) -> Tensor | None:
+    def gathered_bias(self, out: Kept) -> Tensor | None:
         if self.bias is None:
             return None
         granularity = out.granularity
@@ -99,16 +100,18 @@ class ConvWeights:
                 padded = self._padded_bias = F.pad(self.bias, (0, granularity)).view(-1, granularity)
         return padded.index_select(0, out.index(granularity, len(out.padded))).view(-1)
 
-    def gathered(self, size: Size, into: Stretch | None, out: Stretch | None) -> Lent | Tensor:
-        """The weight between the active channels; from a plain tensor where the packed layout is not known."""
+    def recipe(self, size: Size, into: Kept | None, out: Kept | None) -> Recipe | None:
+        """How to gather between masks with as many active channels as these, for inputs of this size."""
         n_in = self.c_in if into is None else into.width
         n_out = self.c_out if out is None else out.width
         recipes, key = self._forms(size).recipes, (None if into is None else n_in, None if out is None else n_out)
-        try:
-            recipe = recipes[key]
-        except KeyError:
+        if key not in recipes:
             with torch.inference_mode(False):
-                recipe = recipes[key] = self._recipe(size, n_in, n_out, into, out)
+                recipes[key] = self._recipe(size, n_in, n_out, into, out)
+        return recipes[key]
+
+    def gathered(self, recipe: Recipe | None, into: Kept | None, out: Kept | None) -> Lent | Tensor:
+        """The weight between the active channels; from a plain tensor where the packed layout is not known."""
         if recipe is None:
             return self._gathered_plain(into, out)
         try:
@@ -116,13 +119,12 @@ class ConvWeights:
         except IndexError:  # the first time, or another thread has it
             made = recipe.make()
             if made is None:
-                recipes[key] = None
                 return self._gathered_plain(into, out)
             buffer = made
         recipe.fill(buffer, into, out)
         return Lent(buffer, recipe.pool)
 
-    def _recipe(self, size: Size, n_in: int, n_out: int, into: Stretch | None, out: Stretch | None) -> Recipe | None:
+    def _recipe(self, size: Size, n_in: int, n_out: int, into: Kept | None, out: Kept | None) -> Recipe | None:
         geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
         shape = (n_out, n_in, int(self.weight.shape[2]), int(self.weight.shape[3]))
         layout = onednn.layout(shape, self.dtype, size, geometry)
@@ -138,7 +140,7 @@ class ConvWeights:
         pool = pool_for((shape, self.dtype, layout, self.depthwise))
         return Recipe(pool, lambda: Buffer.make(shape, self.dtype, size, geometry, layout), fill)
 
-    def _rows_of_blocks(self, layout: Layout, into: Stretch) -> Fill:
+    def _rows_of_blocks(self, layout: Layout, into: Kept) -> Fill:
         """Rows of [blocks * taps, groups, granularity * block]."""
         granularity, groups = into.granularity, into.total + 1
         chunk = granularity * layout.block
@@ -148,13 +150,13 @@ class ConvWeights:
         )
         blocks = master.shape[0]
 
-        def fill(buffer: Buffer, into: Stretch, _out: None) -> None:
+        def fill(buffer: Buffer, into: Kept, _out: None) -> None:
             (view,) = buffer.views(blocks, len(into.padded), chunk)
             torch.index_select(master, 1, into.index(granularity, len(into.padded)), out=view)
 
         return fill
 
-    def _whole_blocks(self, layout: Layout, out: Stretch) -> Fill:
+    def _whole_blocks(self, layout: Layout, out: Kept) -> Fill:
         """Slices of [groups, the blocks of a group]."""
         granularity, groups = out.granularity, out.total + 1
         master = self._master(
@@ -163,13 +165,13 @@ class ConvWeights:
         )
         length = master.shape[1]
 
-        def fill(buffer: Buffer, _into: None, out: Stretch) -> None:
+        def fill(buffer: Buffer, _into: None, out: Kept) -> None:
             (view,) = buffer.views(len(out.padded), length)
             torch.index_select(master, 0, out.index(granularity, len(out.padded)), out=view)
 
         return fill
 
-    def _rows_of_some_blocks(self, layout: Layout, into: Stretch, out: Stretch) -> Fill:
+    def _rows_of_some_blocks(self, layout: Layout, into: Kept, out: Kept) -> Fill:
         """Rows of [taps, groups, granularity * block] for each active block."""
         granularity, block, taps = into.granularity, layout.block, self.taps
         groups, chunk = into.total + 1, granularity * block
@@ -179,7 +181,7 @@ class ConvWeights:
         )
         blocks = list(master)
 
-        def fill(buffer: Buffer, into: Stretch, out: Stretch) -> None:
+        def fill(buffer: Buffer, into: Kept, out: Kept) -> None:
             active = into.index(granularity, len(into.padded))
             views = buffer.views(taps, len(into.padded), chunk)
             for view, position in zip(views, out.index(block, len(views)).tolist(), strict=True):
@@ -187,7 +189,7 @@ class ConvWeights:
 
         return fill
 
-    def _columns_of_blocks(self, layout: Layout, n_out: int, into: Stretch | None, out: Stretch) -> Fill:
+    def _columns_of_blocks(self, layout: Layout, n_out: int, into: Kept | None, out: Kept) -> Fill:
         """Columns of [taps * C_in / vector, units, unit * vector], block by block."""
         block, vector = layout
         unit = math.gcd(out.granularity, 16 if self.depthwise else block)
@@ -200,7 +202,7 @@ class ConvWeights:
         columns, chunk, per_block = whole.shape[1], unit * vector, block // unit
         length = -(-n_out // block) * per_block
 
-        def fill(buffer: Buffer, into: Stretch | None, out: Stretch) -> None:
+        def fill(buffer: Buffer, into: Kept | None, out: Kept) -> None:
             master = whole
             if into is not None and in_groups is not None:
                 rows = in_groups.index_select(1, into.index(in_granularity, len(into.padded)))
@@ -222,7 +224,7 @@ class ConvWeights:
         padded = F.pad(weight, (0, 0, 0, 0, 0, columns * vector - c_in))
         return padded.view(c_out, columns, vector, height, width).permute(3, 4, 1, 0, 2).contiguous()
 
-    def _gathered_plain(self, into: Stretch | None, out: Stretch | None) -> Tensor:
+    def _gathered_plain(self, into: Kept | None, out: Kept | None) -> Tensor:
         in_granularity, out_granularity = (0 if side is None else side.granularity for side in (into, out))
         weight = self._master(
             ("plain", in_granularity, out_granularity), lambda: self._padded(in_granularity, out_granularity)
@@ -252,6 +254,7 @@ class ConvWeights:
                 self._sizes.popitem(last=False)
                 self._masters.clear()
                 self.work.clear()
+                self.plans.clear()
             known = self._sizes[key] = _Forms()
         self._sizes.move_to_end(key)
         return known

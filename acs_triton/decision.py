@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,45 +12,60 @@ from torch import Tensor
 
 # Each width that a convolution is run at costs oneDNN a kernel, so fine groups are padded to one of this many.
 WIDTHS = 16
+# Of a layer with eight groups there are 256 decisions.
+_REMEMBERED = 8192
 
 
-class Stretch:
-    """Neighbouring samples with equal masks.
+class Kept:
+    """The active groups of one side of a convolution. Equal ones are one object (`kept_of`), so that what was prepared
+    for them is found by it.
 
-    first, number: its samples. groups: the active ones, ascending. padded: the same, then `total`, a group of
-    zeros, until their number is one that is run; at least one group.
+    groups: the active ones, ascending. padded: the same, then `total`, a group of zeros, until their number is one that
+    is run; at least one group.
     """
 
-    __slots__ = ("_index", "first", "granularity", "groups", "is_full", "number", "padded", "total")
+    __slots__ = ("_index", "granularity", "groups", "is_full", "padded", "total", "width")
 
-    def __init__(self, first: int, number: int, groups: list[int], total: int, granularity: int) -> None:
-        self.first, self.number, self.groups = first, number, groups
-        self.total, self.granularity = total, granularity
+    def __init__(self, groups: list[int], total: int, granularity: int) -> None:
+        self.groups, self.total, self.granularity = groups, total, granularity
         self.is_full = len(groups) == total
         step = -(-total // WIDTHS)
         wanted = max(step, -(-len(groups) // step) * step)
         self.padded = groups if wanted == len(groups) else groups + [total] * (wanted - len(groups))
+        # Channels of compact tensors.
+        self.width = wanted * granularity
         self._index: dict[tuple[int, int], Tensor] = {}
-
-    @property
-    def width(self) -> int:
-        """Channels of its compact tensors."""
-        return len(self.padded) * self.granularity
 
     def index(self, unit: int, length: int) -> Tensor:
         """The padded groups in units of `unit` channels (it divides the granularity), then zeros' up to `length`."""
         known = self._index.get((unit, length))
         if known is None:
-            each = self.granularity // unit
-            if each == 1 and length == len(self.padded):
-                known = self._index[unit, length] = torch.tensor(self.padded)
-                return known
-            units = np.full(length, self.total * each, dtype=np.int64)
-            groups = np.array(self.padded, dtype=np.int64)
-            spread = groups if each == 1 else (groups[:, None] * each + np.arange(each)).ravel()
-            units[: min(spread.size, length)] = spread[:length]
-            known = self._index[unit, length] = torch.from_numpy(units)
+            # It is used again in and outside of inference mode.
+            with torch.inference_mode(False):
+                known = self._index[unit, length] = torch.from_numpy(self._units(unit, length))
         return known
+
+    def _units(self, unit: int, length: int) -> np.ndarray:
+        each = self.granularity // unit
+        units = np.full(length, self.total * each, dtype=np.int64)
+        groups = np.array(self.padded, dtype=np.int64)
+        spread = groups if each == 1 else (groups[:, None] * each + np.arange(each)).ravel()
+        units[: min(spread.size, length)] = spread[:length]
+        return units
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def kept_of(keep: bytes, granularity: int) -> Kept:
+    """For the bytes of bool [groups]."""
+    return Kept(np.frombuffer(keep, dtype=bool).nonzero()[0].tolist(), len(keep), granularity)
+
+
+class Stretch(NamedTuple):
+    """Neighbouring samples with equal masks: the first, how many, and what they keep."""
+
+    first: int
+    number: int
+    kept: Kept
 
 
 class Active:
@@ -60,15 +76,25 @@ class Active:
     def __init__(self, keep: np.ndarray, granularity: int) -> None:
         self.keep, self.granularity = keep, granularity
         self.stretches = [
-            Stretch(first, last - first, keep[first].nonzero()[0].tolist(), keep.shape[1], granularity)
+            Stretch(first, last - first, kept_of(keep[first].tobytes(), granularity))
             for first, last in _equal_rows(keep)
         ]
-
-        self.is_full = all(stretch.is_full for stretch in self.stretches)
+        self.is_full = all(stretch.kept.is_full for stretch in self.stretches)
 
     @property
     def channels(self) -> int:
         return self.keep.shape[1] * self.granularity
+
+
+def decided(keep: np.ndarray, granularity: int) -> Active:
+    """The decision for bool [N, groups]; that of one sample is remembered."""
+    return _decided_for_one(keep.tobytes(), granularity) if keep.shape[0] == 1 else Active(keep, granularity)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _decided_for_one(keep: bytes, granularity: int) -> Active:
+    # A copy, which can be written: PyTorch takes no others.
+    return Active(np.frombuffer(keep, dtype=bool)[None].copy(), granularity)
 
 
 def _equal_rows(keep: np.ndarray) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sparse
-from .decision import Active
+from .decision import Active, decided
 from .override import GivenMasks, MaskSource, RandomMasks
 from .reference import ActiveChannels
 from .report import ConversionReport
@@ -63,7 +63,7 @@ class MaskedModel(nn.Module):
         if forced is not None:
             keep = forced.numpy()
         self._record(span, torch.from_numpy(keep))
-        return Active(keep, granularity)
+        return decided(keep, granularity)
 
     def _record(self, span: str, decision: Tensor | ActiveChannels) -> None:
         # Exporting would leave symbolic tensors behind.

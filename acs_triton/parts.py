@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .decision import Active, Stretch, aligned_runs
+from .decision import Active, Kept, aligned_runs
 
 # Neighbouring groups share a call in aligned runs of up to this many; each length is packed separately,
 # and with eight groups a layer an all-one mask is one call.
@@ -40,8 +40,7 @@ class Parts:
         if self._parts is None:
             assert self.whole is not None  # one of them is there
             self._parts = [
-                active_of(self.whole.narrow(0, stretch.first, stretch.number), stretch)
-                for stretch in self.active.stretches
+                active_of(self.whole.narrow(0, first, number), kept) for first, number, kept in self.active.stretches
             ]
         return self._parts
 
@@ -49,7 +48,8 @@ class Parts:
     def masked(self) -> Tensor:
         """The dense tensor, with zeros in skipped channels."""
         if self.whole is None:
-            wholes = [whole_of(*pair) for pair in zip(self.parts, self.active.stretches, strict=True)]
+            stretches = self.active.stretches
+            wholes = [whole_of(part, stretch.kept) for part, stretch in zip(self.parts, stretches, strict=True)]
             return wholes[0] if len(wholes) == 1 else torch.cat(wholes)
         if self.active.is_full:
             return self.whole
@@ -58,11 +58,11 @@ class Parts:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._piece.dtype
+        return self.piece.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._piece.device
+        return self.piece.device
 
     @property
     def samples(self) -> int:
@@ -71,10 +71,11 @@ class Parts:
     @property
     def size(self) -> torch.Size:
         """Height and width."""
-        return self._piece.shape[2:]
+        return self.piece.shape[2:]
 
     @property
-    def _piece(self) -> Tensor:
+    def piece(self) -> Tensor:
+        """One tensor of it: its dtype, device, height and width are those of all."""
         if self.whole is not None:
             return self.whole
         part = self.parts[0]
@@ -93,32 +94,32 @@ class Parts:
         return Parts(self.active, done)
 
 
-def active_of(whole: Tensor, stretch: Stretch) -> Tensor:
+def active_of(whole: Tensor, kept: Kept) -> Tensor:
     """The active channels of a dense tensor, in a compact one."""
     samples, _, height, width = whole.shape
-    if not stretch.groups:
-        empty = whole.new_zeros(samples, height, width, stretch.width)
+    if not kept.groups:
+        empty = whole.new_zeros(samples, height, width, kept.width)
         return empty.permute(0, 3, 1, 2)
     # Where the compact form is wider than the active channels, whatever stands there meets zero weights.
-    filled = stretch.groups + stretch.groups[:1] * (len(stretch.padded) - len(stretch.groups))
-    pixels = whole.permute(0, 2, 3, 1).reshape(-1, stretch.total, stretch.granularity)
-    kept = pixels.index_select(1, torch.tensor(filled))
-    return kept.view(samples, height, width, -1).permute(0, 3, 1, 2)
+    filled = kept.groups + kept.groups[:1] * (len(kept.padded) - len(kept.groups))
+    pixels = whole.permute(0, 2, 3, 1).reshape(-1, kept.total, kept.granularity)
+    chosen = pixels.index_select(1, torch.tensor(filled))
+    return chosen.view(samples, height, width, -1).permute(0, 3, 1, 2)
 
 
-def whole_of(part: Part, stretch: Stretch) -> Tensor:
+def whole_of(part: Part, kept: Kept) -> Tensor:
     """A dense tensor with zeros in the other channels."""
-    compact = as_compact(part, stretch)
-    if stretch.is_full:
+    compact = as_compact(part)
+    if kept.is_full:
         return compact
     samples, channels, height, width = compact.shape
-    pixels = compact.permute(0, 2, 3, 1).reshape(-1, channels // stretch.granularity, stretch.granularity)
-    whole = pixels.new_zeros(pixels.shape[0], stretch.total, stretch.granularity)
-    whole.index_copy_(1, torch.tensor(stretch.groups, dtype=torch.int64), pixels[:, : len(stretch.groups)])
+    pixels = compact.permute(0, 2, 3, 1).reshape(-1, channels // kept.granularity, kept.granularity)
+    whole = pixels.new_zeros(pixels.shape[0], kept.total, kept.granularity)
+    whole.index_copy_(1, torch.tensor(kept.groups, dtype=torch.int64), pixels[:, : len(kept.groups)])
     return whole.view(samples, height, width, -1).permute(0, 3, 1, 2)
 
 
-def as_compact(part: Part, stretch: Stretch) -> Tensor:
+def as_compact(part: Part) -> Tensor:
     return part if isinstance(part, Tensor) else joined(part)
 
 
@@ -126,8 +127,8 @@ def joined(runs: Runs) -> Tensor:
     return runs.pieces[0] if len(runs.pieces) == 1 else torch.cat(runs.pieces, dim=1)
 
 
-def split(compact: Tensor, stretch: Stretch) -> Runs:
-    runs = aligned_runs(tuple(stretch.groups), LONGEST_RUN)
-    widths = [number * stretch.granularity for _, number in runs]
+def split(compact: Tensor, kept: Kept) -> Runs:
+    runs = aligned_runs(tuple(kept.groups), LONGEST_RUN)
+    widths = [number * kept.granularity for _, number in runs]
     pieces = compact.split(widths, dim=1)
     return Runs([piece.contiguous(memory_format=torch.channels_last) for piece in pieces], runs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from acs_triton import onednn
 from acs_triton.buffers import Lent
 from acs_triton.conv_weights import ConvWeights
-from acs_triton.decision import Stretch
+from acs_triton.decision import Kept
 
 pytestmark = pytest.mark.skipif(not onednn.available(torch.float32), reason="this PyTorch has no oneDNN")
 
@@ -28,8 +28,8 @@ SHAPES = [
 ]
 
 
-def stretch(channels: int, granularity: int, groups: list[int]) -> Stretch:
-    return Stretch(0, 1, groups, channels // granularity, granularity)
+def kept(channels: int, granularity: int, groups: list[int]) -> Kept:
+    return Kept(groups, channels // granularity, granularity)
 
 
 def chosen(total: int) -> list[list[int]]:
@@ -37,15 +37,14 @@ def chosen(total: int) -> list[list[int]]:
     return [[total - 1], list(range(0, total, 2)), [0, *range(2, total)]]
 
 
-def gathered(weight: Tensor, into: Stretch | None, out: Stretch | None) -> Tensor:
+def gathered(weight: Tensor, into: Kept | None, out: Kept | None) -> Tensor:
     """The active part, with zeros for the padding."""
     for dimension, side in ((0, out), (1, into)):
         if side is not None:
             ending = list(weight.shape)
             ending[dimension] = side.granularity
             weight = torch.cat([weight, weight.new_zeros(ending)], dim=dimension)
-            kept = [group * side.granularity + channel for group in side.padded for channel in range(side.granularity)]
-            weight = weight.index_select(dimension, torch.tensor(kept))
+            weight = weight.index_select(dimension, side.index(1, side.width))
     return weight
 
 
@@ -57,13 +56,13 @@ def test_gathered_is_packed(shape: tuple[int, ...], sides: str, dtype: torch.dty
     weight, bias = torch.randn(c_out, c_in, kernel, kernel).to(dtype), torch.randn(c_out).to(dtype)
     weights = ConvWeights(weight, bias, ((kernel // 2, kernel // 2), (1, 1), (1, 1), 1), dtype)
     for out_groups, in_groups in zip(chosen(c_out // g_out), reversed(chosen(c_in // g_in)), strict=True):
-        out = stretch(c_out, g_out, out_groups) if sides != "in" else None
-        into = stretch(c_in, g_in, in_groups) if sides != "out" else None
+        out = kept(c_out, g_out, out_groups) if sides != "in" else None
+        into = kept(c_in, g_in, in_groups) if sides != "out" else None
         expected_weight = gathered(weight, into, out)
         expected_bias = bias if out is None else gathered(bias[:, None], None, out)[:, 0]
         x = torch.randn(1, expected_weight.shape[1], height, height, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
-        found = weights.gathered((1, height, height), into, out)
+        found = weights.gathered(weights.recipe((1, height, height), into, out), into, out)
         packed = found.buffer.packed if isinstance(found, Lent) else found
         shape, geometry = tuple(expected_weight.shape), weights.geometry
         if dtype == torch.float32 and onednn.layout(shape, dtype, (1, height, height), geometry) is not None:
@@ -81,9 +80,9 @@ def test_gathered_depthwise_is_packed(granularity: int) -> None:
     weight, bias = torch.randn(96, 1, 3, 3), torch.randn(96)
     weights = ConvWeights(weight, bias, ((1, 1), (2, 2), (1, 1), 96), torch.float32)
     for groups in chosen(96 // granularity):
-        out = stretch(96, granularity, groups)
+        out = kept(96, granularity, groups)
         x = torch.randn(1, out.width, 14, 14).contiguous(memory_format=torch.channels_last)
-        found = weights.gathered((1, 14, 14), None, out)
+        found = weights.gathered(weights.recipe((1, 14, 14), None, out), None, out)
         assert isinstance(found, Lent)
         geometry = (*weights.geometry[:3], out.width)
         actual = onednn.run(x, found.buffer.packed, weights.gathered_bias(out), geometry, None, "none")
@@ -98,8 +97,8 @@ def test_an_unknown_layout_gathers_plainly(sides: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(onednn, "layout", lambda *_: None)
     weight = torch.randn(64, 32, 3, 3)
     weights = ConvWeights(weight, None, ((1, 1), (1, 1), (1, 1), 1), torch.float32)
-    out = stretch(64, 8, [1, 2, 7]) if sides != "in" else None
-    into = stretch(32, 2, [0, 15]) if sides != "out" else None
-    found = weights.gathered((1, 14, 14), into, out)
+    out = kept(64, 8, [1, 2, 7]) if sides != "in" else None
+    into = kept(32, 2, [0, 15]) if sides != "out" else None
+    found = weights.gathered(weights.recipe((1, 14, 14), into, out), into, out)
     assert isinstance(found, Tensor)
     assert torch.equal(found, gathered(weight, into, out))
