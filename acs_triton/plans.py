@@ -1,0 +1,147 @@
+"""How a convolution runs between the active groups of its two sides, on inputs of one shape: chosen and prepared once.
+
+A decision that comes again finds its plan, so between two calls of oneDNN there is little else to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ways
+from .buffers import Size
+from .conv_weights import ConvWeights, Recipe
+from .decision import Active, Kept, aligned_runs
+from .parts import LONGEST_RUN
+
+# A run of fewer channels does not fill a vector register of 16 floats.
+_SMALLEST_GROUP = 16
+# For each weight. A layer with eight groups has 256 decisions.
+_REMEMBERED = 1024
+
+
+class Plan(NamedTuple):
+    """One of `ways.WAYS` and what it needs.
+
+    calls: packed weight and bias of each call of "groups", in the order of `runs`, (first group, number) of each;
+    of the only call of "dense". recipe, bias: of "gather".
+    """
+
+    way: str
+    calls: list[tuple[Tensor, Tensor | None]]
+    runs: list[tuple[int, int]]
+    recipe: Recipe | None = None
+    bias: Tensor | None = None
+
+
+def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, in_runs: bool = False) -> Plan:
+    """For inputs like x. in_runs: they come as `parts.Runs`, of which x is one."""
+    key = (x.shape, into, out, in_runs, weights.tuned.way, ways.forced(), torch.get_num_threads())
+    known: Plan | None = weights.plans.get(key)
+    if known is None:
+        if len(weights.plans) >= _REMEMBERED:
+            weights.plans.clear()
+        with torch.inference_mode(False):
+            known = _prepared(weights, (x.shape[0], x.shape[2], x.shape[3]), into, out, in_runs)
+        weights.plans[key] = known
+    return known
+
+
+def _prepared(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, in_runs: bool) -> Plan:
+    way = "groups" if in_runs else _way(weights, size, into, out)
+    side = out if into is None else into
+    if way == "groups" and side is not None:
+        runs = aligned_runs(tuple(side.groups), LONGEST_RUN)
+        calls = [_run(weights, size, side, run, 0 if into is None else 1) for run in runs]
+        return Plan(way, calls, runs)
+    if way == "gather":
+        bias = weights.bias if out is None else weights.gathered_bias(out)
+        return Plan(way, [], [], weights.recipe(size, into, out), bias)
+    return Plan(way, [(weights.whole(size), weights.bias)], [])
+
+
+def _run(
+    weights: ConvWeights, size: Size, side: Kept, run: tuple[int, int], dimension: int
+) -> tuple[Tensor, Tensor | None]:
+    first, number = run[0] * side.granularity, run[1] * side.granularity
+    bias = weights.bias
+    if bias is not None and dimension == 0:
+        bias = bias.narrow(0, first, number)
+    elif run[0] != side.groups[0]:
+        bias = None  # results are added up, the bias once
+    return weights.part(size, dimension, first, number), bias
+
+
+def _way(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) -> str:
+    """The way to run; where everything is active, "dense" is just the convolution."""
+    if all(side is None or side.is_full for side in (into, out)):
+        return "dense"
+    if weights.depthwise or any(side is not None and not side.groups for side in (into, out)):
+        return "gather"
+    work = _work(weights, size, into, out)
+    way = ways.forced() or weights.tuned.way or ways.fastest(work).way
+    if (way == "groups" and work.runs is None) or (way == "dense" and into is not None and not weights.finite):
+        # Zero times a weight that is not finite would show.
+        return "gather"
+    return way
+
+
+def as_a_whole(weights: ConvWeights, size: Size, into: Active | None, out: Active) -> bool:
+    """Whether one dense convolution for the whole batch is faster than one or more for each stretch."""
+    if out.is_full and (into is None or into.is_full):
+        return True
+    if into is not None and not into.is_full and not weights.finite:
+        # Zero times a weight that is not finite would show.
+        return False
+    way = ways.forced() or weights.tuned.way
+    if way is not None:
+        return way == "dense"
+    modelled = 0.0
+    for number, of_in, of_out in _common(into, out):
+        work = _work(weights, (number, *size[1:]), of_in, of_out)
+        modelled += ways.fastest(work).microseconds
+    n_in = weights.c_in if into is None or into.is_full else 0
+    return ways.modelled_dense(_described(weights, size, n_in, 0, None)) <= modelled
+
+
+def _common(into: Active | None, out: Active) -> Iterator[tuple[int, Kept | None, Kept]]:
+    """Samples whose masks on both sides are equal: their number and what the sides keep."""
+    if into is None:
+        yield from ((stretch.number, None, stretch.kept) for stretch in out.stretches)
+        return
+    for stretch in out.stretches:
+        for other in into.stretches:
+            first = max(stretch.first, other.first)
+            number = min(stretch.first + stretch.number, other.first + other.number) - first
+            if number > 0:
+                yield number, other.kept, stretch.kept
+
+
+def _work(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) -> ways.Work:
+    n_in, n_out = weights.c_in if into is None else into.width, weights.c_out if out is None else out.width
+    side = out if into is None else into
+    runs = None
+    # Accumulated in another dtype, each run would round.
+    one_sided = into is None or (out is None and weights.dtype == torch.float32)
+    if one_sided and side is not None and side.groups and _runs_well(side):
+        runs = tuple(number * side.granularity for _, number in aligned_runs(tuple(side.groups), LONGEST_RUN))
+    key = (size, n_in, n_out, runs)
+    known = weights.work.get(key)
+    if known is None:
+        known = weights.work[key] = _described(weights, size, n_in, n_out, runs)
+    return known
+
+
+def _runs_well(kept: Kept) -> bool:
+    return kept.padded is kept.groups and kept.granularity >= _SMALLEST_GROUP
+
+
+def _described(weights: ConvWeights, size: Size, n_in: int, n_out: int, runs: tuple[int, ...] | None) -> ways.Work:
+    samples, height, width = size
+    rows, columns = weights.result_size(height, width)
+    pixels, results = samples * height * width, samples * rows * columns
+    itemsize = weights.weight.itemsize
+    return ways.Work(weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, runs)
