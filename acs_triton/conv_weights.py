@@ -23,6 +23,10 @@ Fill = Callable[["Buffer", Any, Any], None]
 """Writes the weight between the active channels of two sides into a buffer."""
 # Packed weights are true to one input size.
 _SIZES_KEPT = 4
+# Of each weight, gathered for masks that came twice; with eight groups a layer, all masks of 64 to 32 channels fit.
+_GATHERED_BYTES = 6 << 20
+# One that takes more than this part of it is gathered each time.
+_SHARE = 8
 
 
 class Recipe(NamedTuple):
@@ -67,6 +71,7 @@ class ConvWeights:
         self._sizes: OrderedDict[tuple[Size, int], _Forms] = OrderedDict()
         self.work: dict[tuple[object, ...], ways.Work] = {}
         self.plans: dict[tuple[object, ...], Any] = {}
+        self._gathered_bytes = 0
         self._padded_bias: Tensor | None = None
         self._masters: dict[tuple[object, ...], Tensor] = {}
 
@@ -123,6 +128,24 @@ class ConvWeights:
             buffer = made
         recipe.fill(buffer, into, out)
         return Lent(buffer, recipe.pool)
+
+    def keep_gathered(self, size: Size, into: Kept | None, out: Kept | None) -> Tensor | None:
+        """The weight between the active channels, packed, to be used again; None where there is no room for it.
+
+        What is kept stays: were the oldest dropped, masks in turn would each be gathered and dropped again.
+        """
+        n_out = self.c_out if out is None else out.width
+        nbytes = (self.c_in if into is None else into.width) * n_out * self.taps * self.weight.itemsize
+        if nbytes * _SHARE > _GATHERED_BYTES or self._gathered_bytes + nbytes > _GATHERED_BYTES:
+            return None
+        self._gathered_bytes += nbytes
+        geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
+        return onednn.pack(self._gathered_plain(into, out), size, geometry)
+
+    def forget_plans(self) -> None:
+        """Drop them and the gathered weights that they hold."""
+        self.plans.clear()
+        self._gathered_bytes = 0
 
     def _recipe(self, size: Size, n_in: int, n_out: int, into: Kept | None, out: Kept | None) -> Recipe | None:
         geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
@@ -254,7 +277,7 @@ class ConvWeights:
                 self._sizes.popitem(last=False)
                 self._masters.clear()
                 self.work.clear()
-                self.plans.clear()
+                self.forget_plans()
             known = self._sizes[key] = _Forms()
         self._sizes.move_to_end(key)
         return known

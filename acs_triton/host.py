@@ -168,14 +168,18 @@ def _gathered(
     activation: str,
     overwrite: bool = False,
 ) -> Tensor:
-    found = weights.gathered(planned.recipe, into, out)
-    weight = found.buffer.packed if isinstance(found, Lent) else found
+    found: Lent | None = None
+    if planned.calls:
+        ((weight, bias),) = planned.calls
+    else:
+        bias, gathered = planned.bias, weights.gathered(planned.recipe, into, out)
+        found, weight = (gathered, gathered.buffer.packed) if isinstance(gathered, Lent) else (None, gathered)
     geometry = (*weights.geometry[:3], x.shape[1]) if weights.depthwise else weights.geometry
     if overwrite and residual is not None:
-        y = onednn.accumulate_(residual, x, weight, planned.bias, geometry, activation)
+        y = onednn.accumulate_(residual, x, weight, bias, geometry, activation)
     else:
-        y = onednn.run(x, weight, planned.bias, geometry, residual, activation)
-    if isinstance(found, Lent):
+        y = onednn.run(x, weight, bias, geometry, residual, activation)
+    if found is not None:
         found.give_back()
     return y
 

@@ -6,7 +6,7 @@ A decision that comes again finds its plan, so between two calls of oneDNN there
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,18 +23,21 @@ _SMALLEST_GROUP = 16
 _REMEMBERED = 1024
 
 
-class Plan(NamedTuple):
+@dataclass(slots=True)
+class Plan:
     """One of `ways.WAYS` and what it needs.
 
-    calls: packed weight and bias of each call of "groups", in the order of `runs`, (first group, number) of each;
-    of the only call of "dense". recipe, bias: of "gather".
+    calls: packed weight and bias of each call of "groups", in the order of `runs`, (first group, number) of each; of
+    the only call of "dense", and of "gather" where the gathered weight is kept. recipe, bias: of "gather" elsewhere.
+    is_new: it was used once.
     """
 
     way: str
-    calls: list[tuple[Tensor, Tensor | None]]
-    runs: list[tuple[int, int]]
+    calls: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    runs: list[tuple[int, int]] = field(default_factory=list)
     recipe: Recipe | None = None
     bias: Tensor | None = None
+    is_new: bool = False
 
 
 def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, in_runs: bool = False) -> Plan:
@@ -43,11 +46,22 @@ def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, i
     known: Plan | None = weights.plans.get(key)
     if known is None:
         if len(weights.plans) >= _REMEMBERED:
-            weights.plans.clear()
+            weights.forget_plans()
         with torch.inference_mode(False):
-            known = _prepared(weights, (x.shape[0], x.shape[2], x.shape[3]), into, out, in_runs)
+            known = _prepared(weights, _size(x), into, out, in_runs)
         weights.plans[key] = known
+    elif known.is_new:
+        # Masks of single channels hardly ever come again, so nothing is kept at their first use.
+        known.is_new = False
+        with torch.inference_mode(False):
+            packed = weights.keep_gathered(_size(x), into, out)
+        if packed is not None:
+            known.calls.append((packed, known.bias))
     return known
+
+
+def _size(x: Tensor) -> Size:
+    return x.shape[0], x.shape[2], x.shape[3]
 
 
 def _prepared(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, in_runs: bool) -> Plan:
@@ -59,8 +73,8 @@ def _prepared(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | N
         return Plan(way, calls, runs)
     if way == "gather":
         bias = weights.bias if out is None else weights.gathered_bias(out)
-        return Plan(way, [], [], weights.recipe(size, into, out), bias)
-    return Plan(way, [(weights.whole(size), weights.bias)], [])
+        return Plan(way, recipe=weights.recipe(size, into, out), bias=bias, is_new=True)
+    return Plan(way, [(weights.whole(size), weights.bias)])
 
 
 def _run(
