@@ -65,6 +65,11 @@ def not_its_own(conv: nn.Conv2d) -> str | None:
     return "hook" if has_hooks(conv) else None
 
 
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """True if calling `module` is no more than the product that its weight and bias say."""
+    return type(module) is nn.Linear and not has_hooks(module)
+
+
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
     """(height, width) padding on each side, or None where the two sides differ."""
     if conv.padding == "valid":

@@ -58,7 +58,7 @@ class ConvWeights:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> None:
-        self.versions = _versions(weight, bias)
+        self.versions = weight._version, 0 if bias is None else bias._version
         self.tuned = ways.tuned(weight)
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -285,13 +285,11 @@ class ConvWeights:
 
 def prepared(weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> ConvWeights:
     """The packed forms of a lowered weight, made again when it or its bias was written."""
-    kept: dict[torch.dtype, ConvWeights] = weight.__dict__.setdefault("_acs_prepared", {})
+    kept: dict[torch.dtype, ConvWeights] | None = weight.__dict__.get("_acs_prepared")
+    if kept is None:
+        kept = weight.__dict__["_acs_prepared"] = {}
     known = kept.get(dtype)
-    if known is None or known.versions != _versions(weight, bias):
+    if known is None or known.versions != (weight._version, 0 if bias is None else bias._version):
         with torch.inference_mode(False), torch.no_grad():
             known = kept[dtype] = ConvWeights(weight, bias, geometry, dtype)
     return known
-
-
-def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    return weight._version, 0 if bias is None else bias._version

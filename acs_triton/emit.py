@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import sparse
+from .channelwise import is_plain_linear
 from .emit_base import geometry_of
 from .emit_dynamic import DynamicGroupWriter
 from .fold import (
@@ -32,7 +33,12 @@ from .gates import ConvGate, PooledGate, projections
 
 
 class Emitter(DynamicGroupWriter):
-    """The graph for CPU tensors; `emit_kernels` has the one for the Triton kernels."""
+    """The graph for CPU tensors; `emit_kernels` has the one for the Triton kernels.
+
+    packs_linear: whether linear layers are replaced as well.
+    """
+
+    packs_linear = True
 
     def build(self) -> None:
         self._order = {node: position for position, node in enumerate(self.program.graph.nodes)}
@@ -72,6 +78,8 @@ class Emitter(DynamicGroupWriter):
             return
         elif node in self._span_of_body:
             self._emit_on_compact(node)
+        elif self.packs_linear and is_plain_linear(self._fusion.module(node)) and len(node.args) == 1:
+            self._values[node] = self._linear(node)
         else:
             copied = self._values[node] = self.graph.node_copy(node, self._value)
             if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
@@ -148,6 +156,12 @@ class Emitter(DynamicGroupWriter):
         x = self._value(source)
         arguments = (x, weight, bias, geometry_of(folded), folded.groups, activation)
         return self.graph.call_function(sparse.grouped, arguments)
+
+    def _linear(self, node: fx.Node) -> fx.Node:
+        linear = self._fusion.module(node)
+        assert isinstance(linear, nn.Linear)  # as is_plain_linear says
+        weight, bias = self._packed(linear.weight), self._packed_or_none(linear.bias)
+        return self.graph.call_function(sparse.linear, (self._value(node.args[0]), weight, bias))
 
     def _emit_on_compact(self, node: fx.Node) -> None:
         """An operation inside a span that no convolution swallowed."""

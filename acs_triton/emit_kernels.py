@@ -32,6 +32,8 @@ class KernelEmitter(Emitter):
     situation: to decide on which spans run dense, their mask after them; without it those of `kept` do.
     """
 
+    packs_linear = False
+
     def __init__(
         self, model: ACSModel, program: Program, kernels: ModuleType, dtype: torch.dtype | None,
         situation: fallback.Situation | None = None, kept: frozenset[str] | None = None,

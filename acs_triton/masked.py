@@ -16,7 +16,7 @@ from .decision import Active, decided
 from .override import GivenMasks, MaskSource, RandomMasks
 from .reference import ActiveChannels
 from .report import ConversionReport
-from .state import Caches
+from .state import Caches, Decision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,7 +62,8 @@ class MaskedModel(nn.Module):
         forced = self._caches.forced.get(span)
         if forced is not None:
             keep = forced.numpy()
-        self._record(span, torch.from_numpy(keep))
+        # No compiler sees this path.
+        self._caches.record[span] = keep
         return decided(keep, granularity)
 
     def _record(self, span: str, decision: Tensor | ActiveChannels) -> None:
@@ -121,6 +122,8 @@ class MaskedModel(nn.Module):
             span = self.report.gated[name]
             if isinstance(decision, ActiveChannels):
                 masks[name] = decision.to_mask(span.channels)
+            elif isinstance(decision, np.ndarray):
+                masks[name] = torch.from_numpy(decision.repeat(span.granularity, axis=1))
             else:
                 masks[name] = (decision.detach() > 0).repeat_interleave(span.granularity, dim=1)
         return masks
@@ -130,7 +133,7 @@ class MaskedModel(nn.Module):
         self._recorded("densities")
         return {name: mask.float().mean().item() for name, mask in self.masks().items()}
 
-    def _recorded(self, function: str) -> dict[str, Tensor | ActiveChannels]:
+    def _recorded(self, function: str) -> dict[str, Decision]:
         record = self._caches.record
         # A network may have nothing gated.
         if not self._caches.recorded_mode or set(record) != set(self.report.gated):

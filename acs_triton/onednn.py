@@ -61,6 +61,8 @@ class _EntryPoints(NamedTuple):
     pack: Any
     address: Any
     size: Any
+    multiply: Any
+    pack_linear: Any
 
 
 def _entry_points() -> _EntryPoints | None:
@@ -69,6 +71,7 @@ def _entry_points() -> _EntryPoints | None:
         return _EntryPoints(
             unary.default, unary.binary, into.binary, torch._C._nn.mkldnn_reorder_conv2d_weight,
             torch.ops.mkldnn.data_ptr.default, torch.ops.mkldnn._nbytes.default,
+            torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._reorder_linear_weight.default,
         )  # fmt: skip
     except AttributeError:
         return None
@@ -164,6 +167,18 @@ def pack(weight: Tensor, size: tuple[int, int, int], geometry: Geometry) -> Tens
     samples, height, width = size
     shape = [samples, weight.shape[1] * geometry[3], height, width]
     return _ENTRY_POINTS.pack(weight.detach().contiguous().to_mkldnn(), *geometry, shape)
+
+
+def pack_linear(weight: Tensor, samples: int) -> Tensor:
+    """A weight [out, in] in the layout that oneDNN prefers for batches of this size. Needs `available`."""
+    assert _ENTRY_POINTS is not None  # available
+    return _ENTRY_POINTS.pack_linear(weight.detach().contiguous(), samples)
+
+
+def run_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias on a packed weight. Needs `available`."""
+    assert _ENTRY_POINTS is not None  # available
+    return _ENTRY_POINTS.multiply(x, weight, bias, "none", [], "")
 
 
 def memory(packed: Tensor, dtype: torch.dtype) -> Tensor:

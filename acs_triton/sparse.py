@@ -22,6 +22,7 @@ from .conv_weights import ConvWeights, prepared
 from .decision import Active
 from .dispatch import implementation, run_direct
 from .gates import full_precision
+from .linear import linear as packed_linear
 from .ops import ActiveChannels
 from .parts import Parts
 from .windows import window_means
@@ -142,6 +143,8 @@ def _host_dtype(x: Tensor | Parts, weight: Tensor) -> torch.dtype | None:
 
 
 def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last):
+        return x
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -177,6 +180,14 @@ def grouped(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, 
         weights = prepared(weight, bias, (padding, stride, dilation, groups), dtype)
         return host.dense(_in_dtype(x, dtype), weights, None, activation)
     return onednn.activate_(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias."""
+    # Under autocast, `F.linear` casts; an empty batch has no packed form.
+    if x.ndim == 2 and x.shape[0] > 0 and _host_dtype(x, weight) == x.dtype == weight.dtype:
+        return packed_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def depthwise(
@@ -257,8 +268,10 @@ def pooled_gate(
     if _decides_on_host(x) and not isinstance(in_active, ActiveChannels):
         # In fp32 under autocast too: no operator here is one that it casts.
         total, pixels = host.sums(x)
-        hidden = np.maximum(_linear(total.numpy() / pixels, w1, b1), 0)
-        return _decided(model, hidden, heads, spans)
+        means = total.numpy()
+        means /= pixels
+        hidden = _linear(means, w1, b1)
+        return _decided(model, np.maximum(hidden, 0, out=hidden), heads, spans)
     with full_precision(x):
         assert isinstance(x, Tensor)  # Parts are on the host
         pooled, in_active = x.mean((2, 3), dtype=torch.float32), compacted(in_active)
@@ -309,9 +322,9 @@ def _linear(features: np.ndarray, weight: Tensor, bias: Tensor) -> np.ndarray:
     if arrays is None:
         arrays = weight.__dict__["_acs_arrays"] = (weight.numpy(), bias.numpy())
     matrix, offset = arrays
-    if features.shape[0] == 1:
-        return (matrix.dot(features[0]) + offset)[None]
-    return features @ matrix.T + offset
+    y: np.ndarray = matrix.dot(features[0])[None] if features.shape[0] == 1 else features @ matrix.T
+    y += offset
+    return y
 
 
 def _decided(model: GatedModel, features: np.ndarray, heads: list[Head], spans: list[str]) -> tuple[Active, ...]:

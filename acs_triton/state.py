@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .gated import GatedModel
 
 MODES = ("soft", "hard", "sparse")
+Decision = Tensor | ActiveChannels | np.ndarray
 
 
 class Expected(NamedTuple):
@@ -53,13 +55,13 @@ class Caches:
     """What can be made again: never in a state dict, dropped by deepcopy and pickle.
 
     record: by span, what the last forward decided: straight-through masks [N, groups] (soft),
-        bool masks [N, groups] (hard, and sparse where the host decides) or ActiveChannels (sparse).
+        bool masks [N, groups] (hard), ActiveChannels (sparse), or bool arrays [N, groups] (where the host decides).
     expected: what lowering may count on.
     """
 
     lowered: LoweredState | None = None
     stale: bool = True
-    record: dict[str, Tensor | ActiveChannels] = field(default_factory=dict)
+    record: dict[str, Decision] = field(default_factory=dict)
     recorded_mode: str = ""
     recorded_input: tuple[int, ...] = ()
     expected: Expected = field(default_factory=Expected)
