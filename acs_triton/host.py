@@ -122,8 +122,11 @@ def _consumed(
 ) -> Tensor:
     if isinstance(part, Runs):
         planned = plan(weights, part.pieces[0], into, None, in_runs=True)
-        return _accumulated(part.pieces, weights, planned, residual, activation, overwrite)
-    planned = plan(weights, part, into, None)
+        if planned.way == "groups":
+            return _accumulated(part.pieces, weights, planned, residual, activation, overwrite)
+        part = joined(part)
+    else:
+        planned = plan(weights, part, into, None)
     if planned.way == "gather":
         return _gathered(part, weights, into, None, planned, residual, activation, overwrite)
     if planned.way == "groups":

@@ -54,10 +54,20 @@ def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, i
         # Masks of single channels hardly ever come again, so nothing is kept at their first use.
         known.is_new = False
         with torch.inference_mode(False):
-            packed = weights.keep_gathered(_size(x), into, out)
-        if packed is not None:
-            known.calls.append((packed, known.bias))
+            known = weights.plans[key] = _kept(weights, _size(x), into, out) or known
     return known
+
+
+def _kept(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) -> Plan | None:
+    """One call on a gathered weight that is kept, where nothing else is faster and there is room."""
+    if not weights.depthwise and all(side is None or side.groups for side in (into, out)):
+        work = _work(weights, size, into, out)
+        way = ways.forced() or weights.tuned.way or ways.fastest(work, is_kept=True).way
+        if way != "gather":
+            return None
+    packed = weights.keep_gathered(size, into, out)
+    bias = weights.bias if out is None else weights.gathered_bias(out)
+    return None if packed is None else Plan("gather", [(packed, bias)])
 
 
 def _size(x: Tensor) -> Size:
@@ -70,11 +80,11 @@ def _prepared(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | N
     if way == "groups" and side is not None:
         runs = aligned_runs(tuple(side.groups), LONGEST_RUN)
         calls = [_run(weights, size, side, run, 0 if into is None else 1) for run in runs]
-        return Plan(way, calls, runs)
+        return Plan(way, calls, runs, is_new=True)
     if way == "gather":
         bias = weights.bias if out is None else weights.gathered_bias(out)
         return Plan(way, recipe=weights.recipe(size, into, out), bias=bias, is_new=True)
-    return Plan(way, [(weights.whole(size), weights.bias)])
+    return Plan(way, [(weights.whole(size), weights.bias)], is_new=side is not None and not _is_full(into, out))
 
 
 def _run(
@@ -91,7 +101,7 @@ def _run(
 
 def _way(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) -> str:
     """The way to run; where everything is active, "dense" is just the convolution."""
-    if all(side is None or side.is_full for side in (into, out)):
+    if _is_full(into, out):
         return "dense"
     if weights.depthwise or any(side is not None and not side.groups for side in (into, out)):
         return "gather"
@@ -101,6 +111,10 @@ def _way(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) 
         # Zero times a weight that is not finite would show.
         return "gather"
     return way
+
+
+def _is_full(into: Kept | None, out: Kept | None) -> bool:
+    return all(side is None or side.is_full for side in (into, out))
 
 
 def as_a_whole(weights: ConvWeights, size: Size, into: Active | None, out: Active) -> bool:

@@ -1,6 +1,6 @@
 """Which way runs a gated convolution fastest on a CPU: a cost model with measured constants.
 
-gather  one convolution on the active part of the weight, copied together at each call
+gather  one convolution on the active part of the weight, copied together at each call, or once where it can be kept
 groups  one convolution for each run of active groups, on weights packed once
 dense   the whole convolution, for all samples at once; skipped channels are masked at the end of the span
 """
@@ -60,21 +60,26 @@ class Choice(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def fastest(work: Work) -> Choice:
-    """The way with the smallest modelled time."""
+def fastest(work: Work, is_kept: bool = False) -> Choice:
+    """The way with the smallest modelled time. is_kept: the gathered weight is there already."""
+    models = _MODELS | {"gather": _kept} if is_kept else _MODELS
     possible = [way for way in WAYS if way != "groups" or work.runs is not None]
-    return min((Choice(way, _MODELS[way](work)) for way in possible), key=lambda choice: choice.microseconds)
+    return min((Choice(way, models[way](work)) for way in possible), key=lambda choice: choice.microseconds)
 
 
 def _conv(work: Work, c_in: int, c_out: int) -> float:
     return _CALL_US + work.taps * work.pixels_out * c_in * c_out / _MACS_PER_US
 
 
+def _kept(work: Work) -> float:
+    return _conv(work, work.kept_in, work.kept_out)
+
+
 def _gather(work: Work) -> float:
     copied = work.taps * work.kept_in * work.kept_out * work.itemsize
     if work.kept_in < work.c_in and work.kept_out < work.c_out:
         copied *= 2
-    return _conv(work, work.kept_in, work.kept_out) + _COPY_US + copied / _GATHERED_BYTES_PER_US
+    return _kept(work) + _COPY_US + copied / _GATHERED_BYTES_PER_US
 
 
 def _dense(work: Work) -> float:
