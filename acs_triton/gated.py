@@ -95,7 +95,7 @@ class GatedModel(MaskedModel):
         super().train(mode)
         self._mode = "soft" if mode else self.config.eval_mode
         if mode:
-            self._caches.stale = True
+            self._caches.stale, self._caches.frozen = True, False
         elif self._mode == "sparse":
             self._lower_again()
         return self
@@ -174,19 +174,23 @@ class GatedModel(MaskedModel):
         masks = {name: mask for name, mask in self._recorded("cost_loss").items() if isinstance(mask, Tensor)}
         return self._cost_loss(masks, density, group_density)
 
-    def lower(self, example_input: Tensor | None = None) -> Self:
+    def lower(self, example_input: Tensor | None = None, *, frozen: bool = False) -> Self:
         """Make the sparse graph now: batch norms folded, epilogues fused, weights packed.
 
         A sparse forward does this by itself when it sees that weights or modules changed; call it after
         a change that leaves no trace, such as `p.data.mul_()` or a new `eps` of a batch norm.
         With `example_input`, decides again for inputs of its shape which spans run dense on a GPU, if any were measured
-        to be faster so, and runs one sparse forward. RuntimeError while training.
+        to be faster so, and runs one sparse forward.
+        With `frozen`, sparse forwards do not look for changes from now on (0.1 to 0.3 ms each): what this model's own
+        methods do is still noticed, and an optimizer's step, but not what is done to a parameter, a submodule or a
+        hook. `train()`, or `lower()` without it, ends that.
+        RuntimeError while training.
         """
         if self.training:
             raise RuntimeError("lower: needs .training False (batch norms are folded), got True; call eval() first")
         if example_input is not None and not isinstance(example_input, Tensor):
             raise TypeError(f"lower: example_input must be a tensor [N, C, H, W], got {type(example_input).__name__}")
-        self._caches.stale = True
+        self._caches.stale, self._caches.frozen = True, frozen
         self._ensure_lowered(shape=None if example_input is None else tuple(example_input.shape))
         if example_input is not None:
             with self.set_mode("sparse"), torch.no_grad():
@@ -209,7 +213,7 @@ class GatedModel(MaskedModel):
             or caches.stale
             or lowered.undecided
             or (target is not None and (lowered.implementation, lowered.dtype) != target)
-            or lowered.sources.changed()
+            or (not caches.frozen and lowered.sources.changed())
         ):
             known = shape or caches.recorded_input or None
             caches.expected = caches.expected._replace(input_shape=known, again=shape is not None)

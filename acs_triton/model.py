@@ -91,7 +91,7 @@ class ACSModel(AdoptedModule, GatedModel):
 
     def lowered_now(self, example_input: Tensor) -> Lowered:
         """The sparse graphs, brought up to date for inputs like this one."""
-        self.lower(example_input)
+        self.lower(example_input, frozen=self._caches.frozen)
         assert self._caches.lowered is not None  # the line above made it
         return self._caches.lowered
 

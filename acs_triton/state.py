@@ -57,10 +57,12 @@ class Caches:
     record: by span, what the last forward decided: straight-through masks [N, groups] (soft),
         bool masks [N, groups] (hard), ActiveChannels (sparse), or bool arrays [N, groups] (where the host decides).
     expected: what lowering may count on.
+    frozen: sparse forwards do not look whether the model changed.
     """
 
     lowered: LoweredState | None = None
     stale: bool = True
+    frozen: bool = False
     record: dict[str, Decision] = field(default_factory=dict)
     recorded_mode: str = ""
     recorded_input: tuple[int, ...] = ()

@@ -285,3 +285,43 @@ def result_or_refusal(model: ACSModel, x: Tensor, masks: dict[str, Tensor]) -> T
         return outputs(model, x, "sparse", masks)
     except (RuntimeError, ValueError) as refusal:
         return str(refusal)
+
+
+def frozen() -> ACSModel:
+    return lowered().lower(frozen=True)
+
+
+def test_a_frozen_model_does_not_look() -> None:
+    model, x = frozen(), images()
+    masks = random_masks(model, len(x), 0.5)
+    before = outputs(model, x, "sparse", masks)
+    in_place(model, x)
+    assert torch.equal(outputs(model, x, "sparse", masks), before)
+    model.lower()
+    assert_exact(model, x)
+    in_place(model, x)
+    assert_exact(model, x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, _x: model.load_state_dict({name: 1.5 * t for name, t in model.state_dict().items()}),
+        lambda model, _x: model.double(),
+        training_step,
+        lambda model, x: fused_step(model, x, "hard"),
+    ],
+    ids=["load_state_dict", "double", "training", "optimizer"],
+)
+def test_a_frozen_model_follows_its_own_methods(change: Change) -> None:
+    model, x = frozen(), images()
+    change(model, x)
+    assert_exact(model, x.to(next(model.parameters()).dtype))
+
+
+def test_training_ends_the_freeze() -> None:
+    model, x = frozen(), images()
+    model.train()
+    model.eval()
+    in_place(model, x)
+    assert_exact(model, x)

@@ -176,6 +176,8 @@ class Pass:
         self._override(model, variant.density)
         if self.setting.tune:
             model.tune(self.rotation[0])
+        # As the other engines are.
+        model.lower(frozen=True)
         found = sparse_against_hard(model, self.rotation[0])
         with torch.inference_mode():
             self._show_masks(model)
