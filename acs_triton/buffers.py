@@ -1,4 +1,6 @@
-"""Memory that gathered weights are written into at each use: oneDNN's packed layouts, lent from pools."""
+"""Memory of gathered weights: oneDNN's packed layouts that are written at each use, lent from pools, and the room that
+a network has for those it keeps.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,8 @@ Size = tuple[int, int, int]
 """Samples, height, width of an input."""
 # All gathered weights share buffers of the same shape; a network at one density needs about its own largest layers.
 _BUFFER_BYTES = 256 << 20
+# A network keeps gathered weights of so many bytes, and none that takes more than this part of them.
+_ROOM_BYTES, _SHARE = 256 << 20, 256
 
 
 class Buffer:
@@ -82,6 +86,37 @@ def pool_for(key: tuple[object, ...]) -> Pool:
             kept -= other.nbytes
             other.free.clear()
     return known
+
+
+class Room:
+    """Of the bytes that the gathered weights of one network may take, how many they take."""
+
+    __slots__ = ("taken",)
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there is room for one more, which is then taken. A large one gets none: it would keep out many that
+        cost more to gather, for their size.
+        """
+        if nbytes * _SHARE > _ROOM_BYTES or self.taken + nbytes > _ROOM_BYTES:
+            return False
+        self.taken += nbytes
+        return True
+
+
+def share_room(weights: list[Tensor]) -> None:
+    """Give the lowered weights of a network one room."""
+    room = Room()
+    for weight in weights:
+        weight.__dict__["_acs_room"] = room
+
+
+def room_of(weight: Tensor) -> Room:
+    """The room that a lowered weight shares; of its own where it is part of no network."""
+    room: Room = weight.__dict__.setdefault("_acs_room", Room())
+    return room
 
 
 class Lent(NamedTuple):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn, ways
-from .buffers import Buffer, Lent, Pool, Size, pool_for
+from .buffers import Buffer, Lent, Pool, Size, pool_for, room_of
 from .decision import Kept
 from .onednn import Geometry, Layout
 
@@ -23,10 +23,6 @@ Fill = Callable[["Buffer", Any, Any], None]
 """Writes the weight between the active channels of two sides into a buffer."""
 # Packed weights are true to one input size.
 _SIZES_KEPT = 4
-# Of each weight, gathered for masks that came twice; with eight groups a layer, all masks of 64 to 32 channels fit.
-_GATHERED_BYTES = 6 << 20
-# One that takes more than this part of it is gathered each time.
-_SHARE = 8
 
 
 class Recipe(NamedTuple):
@@ -71,7 +67,7 @@ class ConvWeights:
         self._sizes: OrderedDict[tuple[Size, int], _Forms] = OrderedDict()
         self.work: dict[tuple[object, ...], ways.Work] = {}
         self.plans: dict[tuple[object, ...], Any] = {}
-        self._gathered_bytes = 0
+        self._room, self._taken = room_of(weight), 0
         self._padded_bias: Tensor | None = None
         self._masters: dict[tuple[object, ...], Tensor] = {}
 
@@ -136,16 +132,17 @@ class ConvWeights:
         """
         n_out = self.c_out if out is None else out.width
         nbytes = (self.c_in if into is None else into.width) * n_out * self.taps * self.weight.itemsize
-        if nbytes * _SHARE > _GATHERED_BYTES or self._gathered_bytes + nbytes > _GATHERED_BYTES:
+        if not self._room.take(nbytes):
             return None
-        self._gathered_bytes += nbytes
+        self._taken += nbytes
         geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
         return onednn.pack(self._gathered_plain(into, out), size, geometry)
 
     def forget_plans(self) -> None:
         """Drop them and the gathered weights that they hold."""
         self.plans.clear()
-        self._gathered_bytes = 0
+        self._room.taken -= self._taken
+        self._taken = 0
 
     def _recipe(self, size: Size, n_in: int, n_out: int, into: Kept | None, out: Kept | None) -> Recipe | None:
         geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
@@ -290,6 +287,8 @@ def prepared(weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: tor
         kept = weight.__dict__["_acs_prepared"] = {}
     known = kept.get(dtype)
     if known is None or known.versions != (weight._version, 0 if bias is None else bias._version):
+        if known is not None:
+            known.forget_plans()
         with torch.inference_mode(False), torch.no_grad():
             known = kept[dtype] = ConvWeights(weight, bias, geometry, dtype)
     return known
