@@ -18,8 +18,8 @@ Size = tuple[int, int, int]
 """Samples, height, width of an input."""
 # All gathered weights share buffers of the same shape; a network at one density needs about its own largest layers.
 _BUFFER_BYTES = 256 << 20
-# A network keeps gathered weights of so many bytes, and none that takes more than this part of them.
-_ROOM_BYTES, _SHARE = 256 << 20, 256
+# A network keeps gathered weights of so many bytes, and none that has more than so many.
+_ROOM_BYTES, _LARGEST = 256 << 20, 1280 << 10
 
 
 class Buffer:
@@ -100,7 +100,7 @@ class Room:
         """Whether there is room for one more, which is then taken. A large one gets none: it would keep out many that
         cost more to gather, for their size.
         """
-        if nbytes * _SHARE > _ROOM_BYTES or self.taken + nbytes > _ROOM_BYTES:
+        if nbytes > _LARGEST or self.taken + nbytes > _ROOM_BYTES:
             return False
         self.taken += nbytes
         return True

@@ -70,6 +70,14 @@ def is_plain_linear(module: nn.Module | None) -> bool:
     return type(module) is nn.Linear and not has_hooks(module)
 
 
+def is_global_pool(node: fx.Node, module: nn.Module | None) -> bool:
+    """True if `node`, which calls `module` if it calls one, is no more than the mean over all pixels, [N, C, 1, 1]."""
+    if node.op == "call_module":
+        return type(module) is nn.AdaptiveAvgPool2d and not has_hooks(module) and module.output_size in (1, (1, 1))
+    size = (*node.args[1:], *node.kwargs.values())
+    return node.target is F.adaptive_avg_pool2d and size in ((1,), ((1, 1),))
+
+
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
     """(height, width) padding on each side, or None where the two sides differ."""
     if conv.padding == "valid":

@@ -69,9 +69,16 @@ class ConvWeights:
         self.plans: dict[tuple[object, ...], Any] = {}
         self._room, self._taken = room_of(weight), 0
         self._padded_bias: Tensor | None = None
+        self._results: dict[tuple[int, int], tuple[int, int]] = {}
         self._masters: dict[tuple[object, ...], Tensor] = {}
 
     def result_size(self, height: int, width: int) -> tuple[int, int]:
+        known = self._results.get((height, width))
+        if known is None:
+            known = self._results[height, width] = self._result_size(height, width)
+        return known
+
+    def _result_size(self, height: int, width: int) -> tuple[int, int]:
         (top, left), (down, right), (tall, wide), _ = self.geometry
         rows, columns = self.weight.shape[2:]
         return (
@@ -274,6 +281,7 @@ class ConvWeights:
                 self._sizes.popitem(last=False)
                 self._masters.clear()
                 self.work.clear()
+                self._results.clear()
                 self.forget_plans()
             known = self._sizes[key] = _Forms()
         self._sizes.move_to_end(key)

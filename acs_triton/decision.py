@@ -13,7 +13,7 @@ from torch import Tensor
 # Each width that a convolution is run at costs oneDNN a kernel, so fine groups are padded to one of this many.
 WIDTHS = 16
 # Of a layer with eight groups there are 256 decisions.
-_REMEMBERED = 8192
+_REMEMBERED = 2048
 
 
 class Kept:

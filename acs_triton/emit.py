@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import sparse
 from .buffers import share_room
-from .channelwise import is_plain_linear
+from .channelwise import is_global_pool, is_plain_linear
 from .emit_base import geometry_of
 from .emit_dynamic import DynamicGroupWriter
 from .fold import (
@@ -36,10 +36,10 @@ from .gates import ConvGate, PooledGate, projections
 class Emitter(DynamicGroupWriter):
     """The graph for CPU tensors; `emit_kernels` has the one for the Triton kernels.
 
-    packs_linear: whether linear layers are replaced as well.
+    for_cpu: whether linear layers and global pools are replaced as well.
     """
 
-    packs_linear = True
+    for_cpu = True
 
     def build(self) -> None:
         self._order = {node: position for position, node in enumerate(self.program.graph.nodes)}
@@ -80,8 +80,10 @@ class Emitter(DynamicGroupWriter):
             return
         elif node in self._span_of_body:
             self._emit_on_compact(node)
-        elif self.packs_linear and is_plain_linear(self._fusion.module(node)) and len(node.args) == 1:
+        elif self.for_cpu and is_plain_linear(self._fusion.module(node)) and len(node.args) == 1:
             self._values[node] = self._linear(node)
+        elif self.for_cpu and is_global_pool(node, self._fusion.module(node)):
+            self._values[node] = self.graph.call_function(sparse.global_pool, (self._value(node.args[0]),))
         else:
             copied = self._values[node] = self.graph.node_copy(node, self._value)
             if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):

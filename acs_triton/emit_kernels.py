@@ -32,7 +32,7 @@ class KernelEmitter(Emitter):
     situation: to decide on which spans run dense, their mask after them; without it those of `kept` do.
     """
 
-    packs_linear = False
+    for_cpu = False
 
     def __init__(
         self, model: ACSModel, program: Program, kernels: ModuleType, dtype: torch.dtype | None,

@@ -6,6 +6,7 @@ its active channels, in one compact tensor or in the runs of groups that were co
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,10 +63,10 @@ def transform(x: Parts, weights: ConvWeights, out: Active, activation: str) -> P
     """`produce` from active channels."""
     if len(x.active.stretches) == 1 and len(out.stretches) == 1:
         into, kept = x.active.stretches[0].kept, out.stretches[0].kept
-        planned = plan(weights, x.piece, None if into.is_full else into, None if kept.is_full else kept)
+        planned = _plan_between(weights, x.piece, into, kept)
         if planned.way == "dense":
             return Parts(out, None, dense(x.masked, weights, None, activation))
-        return Parts(out, [_transformed(as_compact(x.parts[0]), weights, into, kept, activation)])
+        return Parts(out, [_transformed(as_compact(x.parts[0]), weights, into, kept, planned, activation)])
     if as_a_whole(weights, (x.samples, *x.size), x.active, out):
         return Parts(out, None, dense(x.masked, weights, None, activation))
     parts: list[Part] = []
@@ -76,18 +77,21 @@ def transform(x: Parts, weights: ConvWeights, out: Active, activation: str) -> P
             number = min(stretch.first + stretch.number, other.first + other.number) - first
             if number > 0:
                 some = as_compact(part).narrow(0, first - other.first, number)
-                pieces.append(_transformed(some, weights, other.kept, stretch.kept, activation))
+                planned = _plan_between(weights, some, other.kept, stretch.kept)
+                pieces.append(_transformed(some, weights, other.kept, stretch.kept, planned, activation))
         parts.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
     return Parts(out, parts)
 
 
-def _transformed(x: Tensor, weights: ConvWeights, into: Kept, out: Kept, activation: str) -> Tensor:
+def _plan_between(weights: ConvWeights, x: Tensor, into: Kept, out: Kept) -> Plan:
+    return plan(weights, x, None if into.is_full else into, None if out.is_full else out)
+
+
+def _transformed(x: Tensor, weights: ConvWeights, into: Kept, out: Kept, planned: Plan, activation: str) -> Tensor:
     if into.is_full:
-        produced = _produced(x, weights, out, plan(weights, x, None, out), activation)
-        return as_compact(produced)
+        return as_compact(_produced(x, weights, out, planned, activation))
     if out.is_full:
-        return _consumed(x, weights, into, None, activation)
-    planned = plan(weights, x, into, out)
+        return _consumed_in(x, weights, into, planned, None, activation)
     if planned.way == "gather":
         return _gathered(x, weights, into, out, planned, None, activation)
     return active_of(dense(whole_of(x, into), weights, None, activation), out)
@@ -127,11 +131,23 @@ def _consumed(
         part = joined(part)
     else:
         planned = plan(weights, part, into, None)
+    return _consumed_in(part, weights, into, planned, residual, activation, overwrite)
+
+
+def _consumed_in(
+    x: Tensor,
+    weights: ConvWeights,
+    into: Kept,
+    planned: Plan,
+    residual: Tensor | None,
+    activation: str,
+    overwrite: bool = False,
+) -> Tensor:
     if planned.way == "gather":
-        return _gathered(part, weights, into, None, planned, residual, activation, overwrite)
+        return _gathered(x, weights, into, None, planned, residual, activation, overwrite)
     if planned.way == "groups":
-        return _accumulated(split(part, into).pieces, weights, planned, residual, activation, overwrite)
-    return _dense_into(whole_of(part, into), weights, residual, activation, overwrite)
+        return _accumulated(split(x, into).pieces, weights, planned, residual, activation, overwrite)
+    return _dense_into(whole_of(x, into), weights, residual, activation, overwrite)
 
 
 def _dense_into(x: Tensor, weights: ConvWeights, residual: Tensor | None, activation: str, overwrite: bool) -> Tensor:
@@ -220,20 +236,24 @@ def affine(x: Parts, scale: Tensor, shift: Tensor, activation: str) -> Parts:
     return Parts(x.active, done)
 
 
-def sums(x: Parts | Tensor) -> tuple[Tensor, int]:
-    """Sums over the pixels, fp32 [N, channels], zeros for skipped channels; and how many pixels they are."""
+def pooled(x: Tensor) -> Tensor:
+    """The mean over all pixels of an fp32 tensor, [N, C, 1, 1]."""
+    if x.shape[0] == 1 and x.numel():
+        # Between convolutions a reduction takes 20 us longer than this, though not in a loop of its own.
+        return F.avg_pool2d(x, (x.shape[2], x.shape[3]))
+    return F.adaptive_avg_pool2d(x, 1)
+
+
+def means(x: Parts | Tensor) -> np.ndarray:
+    """Means over the pixels, fp32 [N, channels], zeros for skipped channels."""
     if isinstance(x, Tensor):
-        return x.sum((2, 3), dtype=torch.float32), x.shape[2] * x.shape[3]
+        return pooled(x.float()).numpy().reshape(x.shape[0], -1)
     active = x.active
     if x.whole is not None:
-        result = x.whole.sum((2, 3), dtype=torch.float32)
         mask = torch.from_numpy(active.keep).repeat_interleave(active.granularity, dim=1)
-        return torch.where(mask, result, 0), x.whole.shape[2] * x.whole.shape[3]
-    samples = active.keep.shape[0]
-    result, pixels = torch.zeros(samples, active.keep.shape[1], active.granularity), 1
+        return torch.where(mask, x.whole.mean((2, 3), dtype=torch.float32), 0).numpy()
+    result = torch.zeros(x.samples, active.keep.shape[1], active.granularity)
     for part, (first, number, kept) in zip(x.parts, active.stretches, strict=True):
-        compact = as_compact(part)
-        pixels = compact.shape[2] * compact.shape[3]
-        of_groups = compact.sum((2, 3), dtype=torch.float32).view(number, -1, active.granularity)
+        of_groups = as_compact(part).mean((2, 3), dtype=torch.float32).view(number, -1, active.granularity)
         result[first : first + number, kept.groups] = of_groups[:, : len(kept.groups)]
-    return result.view(samples, -1), pixels
+    return result.view(x.samples, -1).numpy()

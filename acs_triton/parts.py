@@ -30,10 +30,16 @@ class Parts:
     the skipped ones not masked yet.
     """
 
-    __slots__ = ("_parts", "active", "whole")
+    __slots__ = ("_parts", "active", "piece", "whole")
 
     def __init__(self, active: Active, parts: list[Part] | None, whole: Tensor | None = None) -> None:
         self.active, self._parts, self.whole = active, parts, whole
+        if whole is None:
+            assert parts is not None  # one of them is there
+            first = parts[0]
+            whole = first if isinstance(first, Tensor) else first.pieces[0]
+        # One tensor of it: its dtype, device, height and width are those of all.
+        self.piece = whole
 
     @property
     def parts(self) -> list[Part]:
@@ -72,14 +78,6 @@ class Parts:
     def size(self) -> torch.Size:
         """Height and width."""
         return self.piece.shape[2:]
-
-    @property
-    def piece(self) -> Tensor:
-        """One tensor of it: its dtype, device, height and width are those of all."""
-        if self.whole is not None:
-            return self.whole
-        part = self.parts[0]
-        return part if isinstance(part, Tensor) else part.pieces[0]
 
     def each(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Parts:
         """`function`, which acts on each sample and channel by itself, on every part."""

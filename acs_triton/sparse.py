@@ -190,6 +190,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def global_pool(x: Tensor) -> Tensor:
+    """The mean over all pixels, [N, C, 1, 1]."""
+    if x.ndim == 4 and x.dtype == torch.float32 and x.is_cpu and run_direct(x):
+        return host.pooled(x)
+    return F.adaptive_avg_pool2d(x, 1)
+
+
 def depthwise(
     x: Tensor | Parts,
     weight: Tensor,
@@ -267,10 +274,7 @@ def pooled_gate(
     # A compact tensor does not say which channels its sums are of.
     if _decides_on_host(x) and not isinstance(in_active, ActiveChannels):
         # In fp32 under autocast too: no operator here is one that it casts.
-        total, pixels = host.sums(x)
-        means = total.numpy()
-        means /= pixels
-        hidden = _linear(means, w1, b1)
+        hidden = _linear(host.means(x), w1, b1)
         return _decided(model, np.maximum(hidden, 0, out=hidden), heads, spans)
     with full_precision(x):
         assert isinstance(x, Tensor)  # Parts are on the host
