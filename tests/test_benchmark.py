@@ -181,10 +181,17 @@ def test_a_dense_engine_that_computes_something_else_is_not_timed(monkeypatch: p
 
 def test_a_sparse_model_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **options: Any) -> ACSModel:
-        model = convert_model(*arguments, **options).lower()
-        assert model._caches.lowered is not None
-        for tensor in model._caches.lowered.by_part[""].tensors:
-            tensor.mul_(1.01)
+        model = convert_model(*arguments, **options)
+        rightly = model.lower
+
+        def lower(**options: Any) -> ACSModel:
+            rightly(**options)
+            assert model._caches.lowered is not None
+            for tensor in model._caches.lowered.by_part[""].tensors:
+                tensor.mul_(1.01)
+            return model
+
+        model.lower = lower
         return model
 
     monkeypatch.setattr(measure, "convert_model", wrong)

@@ -14,7 +14,7 @@ Record = Mapping[str, Any]
 def text(key: str, record: Record) -> str:
     """One pass, a line for each engine. An engine that failed parity has no time and no speed-up."""
     times = record["times"]
-    rows = [["", "ms (p10-p90)", "speed-up", "of pruned", "M MACs dense", "ideal", "executed", "gates' time"]]
+    rows = [["", "ms (p10-p90)", "speed-up", "of pruned", "M MACs dense", "ideal", "executed", "gates, of dense"]]
     for name, found in record["parity"].items():
         if name not in times and not found["ok"]:
             told = f"PARITY FAILED: error {found['error']:.1e}, allowed {found['allowed']:.1e}"
@@ -25,7 +25,7 @@ def text(key: str, record: Record) -> str:
         if ours is not None:
             row[3] = _factor(_ratio(times, name, pruned_name(ours["density"])))
             row[4:7] = (f"{ours['macs'][kind] / 1e6:.0f}" for kind in ("dense", "ideal", "executed"))
-            row[7] = f"{100 * ours['gate_share']:.1f} %" if "gate_share" in ours else ""
+            row[7] = _gates(ours, times.get(record["fastest_dense"]))
         rows.append(row)
     setting = record["setting"]
     lines = [f"{key}, {setting['threads']} threads", *_aligned(rows)]
@@ -96,6 +96,14 @@ def order(name: str, record: Record) -> tuple[int, int]:
 
 def label(name: str, record: Record) -> str:
     return f"{name} ({record['pruned'][name]['on']})" if name in record["pruned"] else name
+
+
+def _gates(ours: Mapping[str, Any], dense: Mapping[str, float] | None) -> str:
+    """What the gates take, and how much that is of the fastest dense engine's time."""
+    if "gate_seconds" not in ours:
+        return ""
+    told = f"{1e3 * ours['gate_seconds']:.2f} ms"
+    return told if dense is None else f"{told}, {100 * ours['gate_seconds'] / dense['median']:.1f} %"
 
 
 def _fastest(record: Record, names: Sequence[str]) -> str | None:
