@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,8 @@ Fill = Callable[["Buffer", Any, Any], None]
 """Writes the weight between the active channels of two sides into a buffer."""
 # Packed weights are true to one input size.
 _SIZES_KEPT = 4
+# Chunks of a weight that one index names; one of more is longer to write than two for a side each.
+_LONGEST_INDEX = 1 << 15
 
 
 class Recipe(NamedTuple):
@@ -69,6 +72,7 @@ class ConvWeights:
         self.plans: dict[tuple[object, ...], Any] = {}
         self._room, self._taken = room_of(weight), 0
         self._padded_bias: Tensor | None = None
+        self._biases: dict[Kept, Tensor] = {}
         self._results: dict[tuple[int, int], tuple[int, int]] = {}
         self._masters: dict[tuple[object, ...], Tensor] = {}
 
@@ -101,12 +105,17 @@ class ConvWeights:
     def gathered_bias(self, out: Kept) -> Tensor | None:
         if self.bias is None:
             return None
+        known = self._biases.get(out)
+        if known is None:
+            known = self._biases[out] = self._gathered_bias(self.bias, out)
+        return known
+
+    def _gathered_bias(self, bias: Tensor, out: Kept) -> Tensor:
         granularity = out.granularity
-        padded = self._padded_bias
-        if padded is None:
-            with torch.inference_mode(False):
-                padded = self._padded_bias = F.pad(self.bias, (0, granularity)).view(-1, granularity)
-        return padded.index_select(0, out.index(granularity, len(out.padded))).view(-1)
+        with torch.inference_mode(False):
+            if self._padded_bias is None:
+                self._padded_bias = F.pad(bias, (0, granularity)).view(-1, granularity)
+            return self._padded_bias.index_select(0, out.index(granularity, len(out.padded))).view(-1)
 
     def recipe(self, size: Size, into: Kept | None, out: Kept | None) -> Recipe | None:
         """How to gather between masks with as many active channels as these, for inputs of this size."""
@@ -146,8 +155,9 @@ class ConvWeights:
         return onednn.pack(self._gathered_plain(into, out), size, geometry)
 
     def forget_plans(self) -> None:
-        """Drop them and the gathered weights that they hold."""
+        """Drop them, the gathered weights that they hold, and the gathered biases."""
         self.plans.clear()
+        self._biases.clear()
         self._room.taken -= self._taken
         self._taken = 0
 
@@ -160,6 +170,8 @@ class ConvWeights:
         if out is None:
             assert into is not None  # one side is gated
             fill = self._rows_of_blocks(layout, into)
+        elif into is not None and (of_both := self._chunks(layout, n_out, into, out)) is not None:
+            fill = of_both
         elif not self.depthwise and out.granularity % layout.block == 0:
             fill = self._whole_blocks(layout, out) if into is None else self._rows_of_some_blocks(layout, into, out)
         else:
@@ -213,6 +225,49 @@ class ConvWeights:
             views = buffer.views(taps, len(into.padded), chunk)
             for view, position in zip(views, out.index(block, len(views)).tolist(), strict=True):
                 torch.index_select(blocks[position], 1, active, out=view)
+
+        return fill
+
+    def _chunks(self, layout: Layout, n_out: int, into: Kept, out: Kept) -> Fill | None:
+        """Both sides at once, in the longest chunks that stay together; None where they are too many."""
+        block, vector = layout
+        unit, granularity, taps = math.gcd(out.granularity, block), into.granularity, self.taps
+        if unit == block:
+            step, rows, per_block, chunk = granularity, into.total + 1, 1, granularity * block
+        else:
+            step, rows = vector, (self.c_in + granularity) // vector
+            per_block, chunk = block // unit, unit * vector
+        blocks, kept_rows = -(-n_out // block), into.width // step
+        if blocks * taps * kept_rows * per_block > _LONGEST_INDEX:
+            return None
+        if unit == block:
+            # [blocks, taps, groups] of chunks
+            master = self._master(
+                ("blocks", layout, granularity, out.granularity),
+                lambda: onednn.blocked(self._padded(granularity, out.granularity), layout),
+            ).view(-1, chunk)
+            units, of_unit = 1, taps * rows
+        else:
+            # [taps, rows, units] of chunks
+            master = self._master(
+                ("columns", vector, granularity, out.granularity),
+                lambda: self._columns(self._padded(granularity, out.granularity), vector),
+            ).view(-1, chunk)
+            units, of_unit = (self.c_out + out.granularity) // unit, 1
+        number = blocks * taps * kept_rows * per_block
+        of_in, of_out = (step, rows, taps, units), (unit, blocks, of_unit)
+
+        def inner(into: Kept) -> np.ndarray:
+            starts = into.index(step, kept_rows).numpy() * units
+            return (np.arange(taps)[:, None] * (rows * units) + starts)[:, :, None]
+
+        def outer(out: Kept) -> np.ndarray:
+            return out.index(unit, blocks * per_block).numpy().reshape(blocks, 1, 1, per_block) * of_unit
+
+        def fill(buffer: Buffer, into: Kept, out: Kept) -> None:
+            of_rows, of_units = into.remembered(of_in, lambda: inner(into)), out.remembered(of_out, lambda: outer(out))
+            (view,) = buffer.views(number, chunk)
+            torch.index_select(master, 0, torch.from_numpy((of_units + of_rows).reshape(-1)), out=view)
 
         return fill
 

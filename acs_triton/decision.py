@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,7 +25,7 @@ class Kept:
     is run; at least one group.
     """
 
-    __slots__ = ("_index", "granularity", "groups", "is_full", "padded", "total", "width")
+    __slots__ = ("_arrays", "_index", "granularity", "groups", "is_full", "padded", "total", "width")
 
     def __init__(self, groups: list[int], total: int, granularity: int) -> None:
         self.groups, self.total, self.granularity = groups, total, granularity
@@ -35,6 +36,7 @@ class Kept:
         # Channels of compact tensors.
         self.width = wanted * granularity
         self._index: dict[tuple[int, int], Tensor] = {}
+        self._arrays: dict[tuple[int, ...], np.ndarray] = {}
 
     def index(self, unit: int, length: int) -> Tensor:
         """The padded groups in units of `unit` channels (it divides the granularity), then zeros' up to `length`."""
@@ -43,6 +45,15 @@ class Kept:
             # It is used again in and outside of inference mode.
             with torch.inference_mode(False):
                 known = self._index[unit, length] = torch.from_numpy(self._units(unit, length))
+        return known
+
+    def remembered(self, key: tuple[int, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `make` returns, which depends on the active groups and the key alone."""
+        if self.total > WIDTHS:
+            return make()  # masks of so many groups hardly ever come again
+        known = self._arrays.get(key)
+        if known is None:
+            known = self._arrays[key] = make()
         return known
 
     def _units(self, unit: int, length: int) -> np.ndarray:
