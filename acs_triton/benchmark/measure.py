@@ -59,7 +59,7 @@ class Pass:
     record: what `run` found, as JSON can hold it, with seconds everywhere. `times` has the engines that ran: median,
         p10, p90, samples. `parity` has all of them: error, allowed, ok; one that is not ok is not timed. `missing` has
         those that do not exist here, and why. `ours`, by engine: gate, granularity, density, MACs a sample, and the
-        seconds and the share of time of the gates. `pruned`: the density, and the dense engine it ran on.
+        seconds of the gates. `pruned`: the density, and the dense engine it ran on.
     """
 
     def __init__(self, setting: Setting, stage: Stage = silent) -> None:
@@ -246,8 +246,7 @@ class Pass:
         for name, ours in record["ours"].items():
             if name in found:
                 repeats = min(20, max(3, math.ceil(0.3 / found[name].median)))
-                seconds = gate_seconds(self.models[name], self.rotation[0], repeats)
-                ours |= {"gate_seconds": seconds, "gate_share": seconds / found[name].median}
+                ours["gate_seconds"] = gate_seconds(self.models[name], self.rotation[0], repeats)
 
 
 def _rested(engine: timing.Engine, calls: int) -> float:
