@@ -73,6 +73,8 @@ def is_plain_linear(module: nn.Module | None) -> bool:
 def is_global_pool(node: fx.Node, module: nn.Module | None) -> bool:
     """True if `node`, which calls `module` if it calls one, is no more than the mean over all pixels, [N, C, 1, 1]."""
     if node.op == "call_module":
+        if len(node.args) != 1 or node.kwargs:
+            return False
         return type(module) is nn.AdaptiveAvgPool2d and not has_hooks(module) and module.output_size in (1, (1, 1))
     size = (*node.args[1:], *node.kwargs.values())
     return node.target is F.adaptive_avg_pool2d and size in ((1,), ((1, 1),))

@@ -105,6 +105,8 @@ class ConvWeights:
     def gathered_bias(self, out: Kept) -> Tensor | None:
         if self.bias is None:
             return None
+        if ways.masks_are_fresh():
+            return self._gathered_bias(self.bias, out)
         known = self._biases.get(out)
         if known is None:
             known = self._biases[out] = self._gathered_bias(self.bias, out)
@@ -255,7 +257,7 @@ class ConvWeights:
             ).view(-1, chunk)
             units, of_unit = (self.c_out + out.granularity) // unit, 1
         number = blocks * taps * kept_rows * per_block
-        of_in, of_out = (step, rows, taps, units), (unit, blocks, of_unit)
+        of_in, of_out = (step, rows, taps, units), (unit, blocks, per_block, of_unit)
 
         def inner(into: Kept) -> np.ndarray:
             starts = into.index(step, kept_rows).numpy() * units

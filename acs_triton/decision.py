@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ways import masks_are_fresh
+
 # Each width that a convolution is run at costs oneDNN a kernel, so fine groups are padded to one of this many.
 WIDTHS = 16
 # Of a layer with eight groups there are 256 decisions.
@@ -65,10 +67,12 @@ class Kept:
         return units
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def kept_of(keep: bytes, granularity: int) -> Kept:
+def _kept_of(keep: bytes, granularity: int) -> Kept:
     """For the bytes of bool [groups]."""
     return Kept(np.frombuffer(keep, dtype=bool).nonzero()[0].tolist(), len(keep), granularity)
+
+
+kept_of = lru_cache(maxsize=_REMEMBERED)(_kept_of)
 
 
 class Stretch(NamedTuple):
@@ -86,8 +90,9 @@ class Active:
 
     def __init__(self, keep: np.ndarray, granularity: int) -> None:
         self.keep, self.granularity = keep, granularity
+        remembered = _kept_of if masks_are_fresh() else kept_of
         self.stretches = [
-            Stretch(first, last - first, kept_of(keep[first].tobytes(), granularity))
+            Stretch(first, last - first, remembered(keep[first].tobytes(), granularity))
             for first, last in _equal_rows(keep)
         ]
         self.is_full = all(stretch.kept.is_full for stretch in self.stretches)
@@ -99,6 +104,8 @@ class Active:
 
 def decided(keep: np.ndarray, granularity: int) -> Active:
     """The decision for bool [N, groups]; that of one sample is remembered."""
+    if masks_are_fresh():
+        return Active(keep, granularity)
     return _decided_for_one(keep.tobytes(), granularity) if keep.shape[0] == 1 else Active(keep, granularity)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import sparse
-from .buffers import share_room
 from .channelwise import is_global_pool, is_plain_linear
 from .emit_base import geometry_of
 from .emit_dynamic import DynamicGroupWriter
@@ -47,7 +46,6 @@ class Emitter(DynamicGroupWriter):
         self._in_groups = {name for name in self._producers.values() if self._runs_in_groups(name)}
         for node in self.program.graph.nodes:
             self._emit(node)
-        share_room(self.tensors)
         self.graph.lint()
 
     def _runs_in_groups(self, name: str) -> bool:

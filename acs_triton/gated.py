@@ -181,17 +181,18 @@ class GatedModel(MaskedModel):
         a change that leaves no trace, such as `p.data.mul_()` or a new `eps` of a batch norm.
         With `example_input`, decides again for inputs of its shape which spans run dense on a GPU, if any were measured
         to be faster so, and runs one sparse forward.
-        With `frozen`, sparse forwards do not look for changes from now on (0.1 to 0.3 ms each): what this model's own
-        methods do is still noticed, and an optimizer's step, but not what is done to a parameter, a submodule or a
-        hook. `train()`, or `lower()` without it, ends that.
+        With `frozen`, sparse forwards do not look for changes from now on (0.1 to 0.3 ms each): `load_state_dict`, `to`
+        and their like, called on this model, are still noticed, and an optimizer's step, but not what is done to a
+        parameter, a submodule or a hook, nor a submodule that is replaced. `train()` ends it, and `lower()` without it.
         RuntimeError while training.
         """
         if self.training:
             raise RuntimeError("lower: needs .training False (batch norms are folded), got True; call eval() first")
         if example_input is not None and not isinstance(example_input, Tensor):
             raise TypeError(f"lower: example_input must be a tensor [N, C, H, W], got {type(example_input).__name__}")
-        self._caches.stale, self._caches.frozen = True, frozen
+        self._caches.stale, self._caches.frozen = True, False
         self._ensure_lowered(shape=None if example_input is None else tuple(example_input.shape))
+        self._caches.frozen = frozen
         if example_input is not None:
             with self.set_mode("sparse"), torch.no_grad():
                 self(example_input)

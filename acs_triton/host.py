@@ -18,6 +18,8 @@ from .decision import Active, Kept
 from .parts import Part, Parts, Runs, active_of, as_compact, joined, split, whole_of
 from .plans import Plan, as_a_whole, plan
 
+_SMALL_MAP = 14 * 14
+
 
 def dense(x: Tensor, weights: ConvWeights, residual: Tensor | None, activation: str) -> Tensor:
     """activation(conv2d(x) + bias + residual)."""
@@ -238,8 +240,9 @@ def affine(x: Parts, scale: Tensor, shift: Tensor, activation: str) -> Parts:
 
 def pooled(x: Tensor) -> Tensor:
     """The mean over all pixels of an fp32 tensor, [N, C, 1, 1]."""
-    if x.shape[0] == 1 and x.numel():
-        # Between convolutions a reduction takes 20 us longer than this, though not in a loop of its own.
+    if x.shape[0] == 1 and 0 < x.shape[2] * x.shape[3] <= _SMALL_MAP:
+        # Between convolutions a reduction takes 20 us longer than this, though not in a loop of its own. On larger maps
+        # this is less exact: it adds up one pixel after another.
         return F.avg_pool2d(x, (x.shape[2], x.shape[3]))
     return F.adaptive_avg_pool2d(x, 1)
 
@@ -247,7 +250,7 @@ def pooled(x: Tensor) -> Tensor:
 def means(x: Parts | Tensor) -> np.ndarray:
     """Means over the pixels, fp32 [N, channels], zeros for skipped channels."""
     if isinstance(x, Tensor):
-        return pooled(x.float()).numpy().reshape(x.shape[0], -1)
+        return pooled(x.float()).numpy().reshape(x.shape[0], x.shape[1])
     active = x.active
     if x.whole is not None:
         mask = torch.from_numpy(active.keep).repeat_interleave(active.granularity, dim=1)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import onednn
 
-# A packed weight is true to one batch size.
-_SIZES_KEPT = 4
+# A packed weight is true to one batch size. So many are kept, of so many bytes, but one of any size.
+_SIZES_KEPT, _BYTES_KEPT = 4, 64 << 20
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,11 +18,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kept: OrderedDict[tuple[int, int], tuple[int, Tensor]]
     kept = weight.__dict__.setdefault("_acs_packed", OrderedDict())
     key = (x.shape[0], torch.get_num_threads())
-    version, packed = kept.get(key, (None, weight))
+    version, packed = kept.pop(key, (None, weight))
     if version != weight._version:
         with torch.inference_mode(False):
             packed = onednn.pack_linear(weight, x.shape[0])
-        while len(kept) >= _SIZES_KEPT:
+        while len(kept) >= max(1, min(_SIZES_KEPT, _BYTES_KEPT // max(1, weight.nbytes))):
             kept.popitem(last=False)
-        kept[key] = (weight._version, packed)
+    kept[key] = (weight._version, packed)  # the last to go
     return onednn.run_linear(x, packed, bias)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from . import cpu, dispatch, fallback
+from .buffers import share_room
 from .emit import Emitter
 from .emit_kernels import KernelEmitter
 from .program import Programs
@@ -88,6 +89,7 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None, expected
                 dense_spans |= emitter.dense_spans
             emitter.build()
             parts[part] = _reuse(emitter, None if earlier is None else earlier.by_part.get(part))
+    share_room([tensor for part in parts.values() for tensor in part.tensors])
     sources = Sources.of(model)
     if earlier is not None and all(parts[part] is known for part, known in earlier.by_part.items()):
         earlier.sources, earlier.implementation, earlier.dtype = sources, implementation, dtype

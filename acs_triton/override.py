@@ -17,8 +17,8 @@ _INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
-# Forwards whose masks are drawn at once on the host.
-_AHEAD = 16
+# Forwards whose masks are drawn at once on the host, where they are not more numbers than these.
+_AHEAD, _AHEAD_NUMBERS = 16, 1 << 16
 
 
 class MaskSource(Protocol):
@@ -115,10 +115,11 @@ class RandomMasks:
     def _masks_from(self, forward: int, batch: int) -> list[dict[str, Tensor]]:
         """Of the next forwards, the last first."""
         spans, _, widest = self.absent.shape
-        seeds = np.arange(forward, forward + _AHEAD).astype(np.uint64)
+        ahead = max(1, min(_AHEAD, _AHEAD_NUMBERS // max(1, spans * batch * widest)))
+        seeds = np.arange(forward, forward + ahead).astype(np.uint64)
         positions = np.arange(spans * batch * widest, dtype=np.uint64)
         scores = _mix_on_host(_mix_on_host(seeds)[:, None] + positions).view(np.int64)
-        scores = scores.reshape(_AHEAD, spans, batch, widest)
+        scores = scores.reshape(ahead, spans, batch, widest)
         scores[np.broadcast_to(self.absent.numpy(), scores.shape)] = np.iinfo(np.int64).max
         keep = torch.from_numpy(scores.argsort(axis=3).argsort(axis=3) < self.kept.numpy())
         named = list(enumerate(self.groups.items()))

@@ -42,14 +42,14 @@ class Plan:
 
 def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, in_runs: bool = False) -> Plan:
     """For inputs like x. in_runs: they come as `parts.Runs`, of which x is one."""
+    if ways.masks_are_fresh() and (into is not None or out is not None):
+        return _prepared(weights, _size(x), into, out, in_runs)
     key = (x.shape, into, out, in_runs, weights.tuned.way, ways.forced(), torch.get_num_threads())
     known: Plan | None = weights.plans.get(key)
     if known is None:
         if len(weights.plans) >= _REMEMBERED:
             weights.forget_plans()
-        with torch.inference_mode(False):
-            known = _prepared(weights, _size(x), into, out, in_runs)
-        weights.plans[key] = known
+        known = weights.plans[key] = _prepared(weights, _size(x), into, out, in_runs)
     elif known.is_new:
         # Masks of single channels hardly ever come again, so nothing is kept at their first use.
         known.is_new = False
@@ -60,11 +60,9 @@ def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, i
 
 def _kept(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) -> Plan | None:
     """One call on a gathered weight that is kept, where nothing else is faster and there is room."""
-    if not weights.depthwise and all(side is None or side.groups for side in (into, out)):
-        work = _work(weights, size, into, out)
-        way = ways.forced() or weights.tuned.way or ways.fastest(work, is_kept=True).way
-        if way != "gather":
-            return None
+    # What is forced is to be measured, and would be measured without its gathering.
+    if ways.forced() or _way(weights, size, into, out, is_kept=True) != "gather":
+        return None
     packed = weights.keep_gathered(size, into, out)
     bias = weights.bias if out is None else weights.gathered_bias(out)
     return None if packed is None else Plan("gather", [(packed, bias)])
@@ -99,14 +97,14 @@ def _run(
     return weights.part(size, dimension, first, number), bias
 
 
-def _way(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) -> str:
-    """The way to run; where everything is active, "dense" is just the convolution."""
+def _way(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, is_kept: bool = False) -> str:
+    """The way to run; where everything is active, "dense" is just the convolution. is_kept: see `ways.fastest`."""
     if _is_full(into, out):
         return "dense"
     if weights.depthwise or any(side is not None and not side.groups for side in (into, out)):
         return "gather"
     work = _work(weights, size, into, out)
-    way = ways.forced() or weights.tuned.way or ways.fastest(work).way
+    way = ways.forced() or weights.tuned.way or ways.fastest(work, is_kept).way
     if (way == "groups" and work.runs is None) or (way == "dense" and into is not None and not weights.finite):
         # Zero times a weight that is not finite would show.
         return "gather"

@@ -99,6 +99,7 @@ modelled_dense = lru_cache(maxsize=4096)(_dense)
 _MODELS: dict[str, Callable[[Work], float]] = {"gather": _gather, "groups": _groups, "dense": _dense}
 
 
+_fresh: ContextVar[bool] = ContextVar("_fresh", default=False)
 _forced: ContextVar[str | None] = ContextVar("_forced", default=None)
 _measured: ContextVar[dict[int, float] | None] = ContextVar("_measured", default=None)
 
@@ -130,6 +131,21 @@ def measuring() -> Iterator[dict[int, float]]:
 def measured() -> dict[int, float] | None:
     """Where `measuring` adds up."""
     return _measured.get()
+
+
+@contextmanager
+def fresh_masks() -> Iterator[None]:
+    """Inside the block every mask is taken for one that never came before: nothing is prepared or kept for it."""
+    token = _fresh.set(True)
+    try:
+        yield
+    finally:
+        _fresh.reset(token)
+
+
+def masks_are_fresh() -> bool:
+    """Whether `fresh_masks` says so."""
+    return _fresh.get()
 
 
 def forced() -> str | None:

@@ -50,6 +50,7 @@ def plan(networks: Sequence[str], batches: Sequence[int], options: dict[str, Any
                 "seconds": SECONDS.get((network, batch), USUAL_SECONDS),
                 "densities": FULL_DENSITIES if full else DENSITIES,
                 "granularities": FULL_GRANULARITIES if full else GRANULARITIES,
+                "known_masks": True,
             }
             passes.append(Setting(network=network, batch=batch, **usual | options))
     return passes

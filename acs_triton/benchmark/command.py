@@ -36,6 +36,11 @@ def add_parser(commands: Any) -> None:
     one.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE",
                      help=f"beside ours, of: {', '.join(ENGINES)} (all)")  # fmt: skip
     one.add_argument("--tune", action="store_true", help="let model.tune choose how each layer runs, by measuring")
+    one.add_argument(
+        "--known-masks",
+        action="store_true",
+        help="the first gate also with masks that came before, and what was prepared for them",
+    )
     one.add_argument("--output", type=Path, default=Path("bench-output"), help="folder to write to (%(default)s)")
 
 
@@ -54,6 +59,7 @@ def bench(arguments: argparse.Namespace) -> int:
             seconds=arguments.seconds,
             engines=tuple(arguments.engines),
             tune=arguments.tune,
+            known_masks=arguments.known_masks,
         )
         for batch in dict.fromkeys(arguments.batch)
     ]

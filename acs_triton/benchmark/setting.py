@@ -23,6 +23,8 @@ class Setting:
     densities, gates, granularities: ours runs in each combination; static pruning at the first granularity.
     threads: in every engine. seconds: of the interleaved pass, which ends with a whole round.
     engines: of `ENGINES`, which to measure. tune: let each model measure its own ways first.
+    known_masks: ours with the first gate also where its masks came before, and what was prepared for them is used;
+    everywhere else, each mask is one that never came before.
 
     Raises ValueError for what cannot be measured.
     """
@@ -38,6 +40,7 @@ class Setting:
     seconds: float = 30.0
     engines: tuple[str, ...] = ENGINES
     tune: bool = False
+    known_masks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("densities", "gates", "granularities"):
@@ -68,15 +71,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way that ours runs."""
+    """One way that ours runs. known_masks: see `Setting`."""
 
     gate: str
     granularity: int | str
     density: float
+    known_masks: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.gate} {self.granularity} d={self.density:g}"
+        return f"{self.gate} {self.granularity} d={self.density:g}{', known masks' if self.known_masks else ''}"
 
 
 def pruned_name(density: float) -> str:

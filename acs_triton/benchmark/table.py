@@ -44,9 +44,11 @@ def markdown(passes: Mapping[str, Record]) -> str:
     rows = [head, ["---"] * len(head)]
     for record in passes.values():
         setting = record["setting"]
-        for gate in setting["gates"]:
+        kinds = [(gate, False) for gate in setting["gates"]]
+        kinds += [(setting["gates"][0], True)] if setting.get("known_masks") else []
+        for gate, known_masks in kinds:
             for granularity in setting["granularities"]:
-                rows.append(_markdown_row(record, gate, granularity, densities))
+                rows.append(_markdown_row(record, gate, known_masks, granularity, densities))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -65,11 +67,13 @@ def milliseconds(found: Mapping[str, float]) -> str:
     return f"{1e3 * found['median']:.2f} ({1e3 * found['p10']:.2f}-{1e3 * found['p90']:.2f})"
 
 
-def _markdown_row(record: Record, gate: str, granularity: int | str, densities: Sequence[float]) -> list[str]:
+def _markdown_row(
+    record: Record, gate: str, known_masks: bool, granularity: int | str, densities: Sequence[float]
+) -> list[str]:
     setting, times, fastest = record["setting"], record["times"], record["fastest_dense"]
     by_density = {
         ours["density"]: name for name, ours in record["ours"].items()
-        if ours["gate"] == gate and ours["granularity"] == granularity
+        if (ours["gate"], ours["granularity"]) == (gate, granularity) and ours.get("known_masks", False) == known_masks
     }  # fmt: skip
     cells, pruned = [], []
     for density in densities:
@@ -85,7 +89,8 @@ def _markdown_row(record: Record, gate: str, granularity: int | str, densities: 
     dense = "" if fastest is None else f"{fastest} {1e3 * times[fastest]['median']:.1f}"
     word, _, count = str(granularity).partition(":")
     groups = f"{count} a layer" if count else word
-    return [setting["network"], str(setting["batch"]), gate, groups, dense, *cells, *pruned]
+    told = f"{gate}, known masks" if known_masks else gate
+    return [setting["network"], str(setting["batch"]), told, groups, dense, *cells, *pruned]
 
 
 def order(name: str, record: Record) -> tuple[int, int]:
