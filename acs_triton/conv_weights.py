@@ -22,6 +22,8 @@ from .onednn import Geometry, Layout
 
 Fill = Callable[["Buffer", Any, Any], None]
 """Writes the weight between the active channels of two sides into a buffer."""
+Call = tuple[Tensor, Tensor | None]
+"""A packed weight and its bias."""
 # Packed weights are true to one input size.
 _SIZES_KEPT = 4
 # Chunks of a weight that one index names; one of more is longer to write than two for a side each.
@@ -45,7 +47,7 @@ class _Forms:
     """
 
     def __init__(self) -> None:
-        self.packed: dict[tuple[int, int, int], Tensor] = {}
+        self.packed: dict[tuple[int, int, int], Call] = {}
         self.recipes: dict[tuple[int | None, int | None], Recipe | None] = {}
 
 
@@ -90,17 +92,24 @@ class ConvWeights:
             (width + 2 * left - wide * (columns - 1) - 1) // right + 1,
         )
 
-    def whole(self, size: Size) -> Tensor:
-        return self.part(size, 0, 0, self.c_out)
+    def whole(self, size: Size) -> Call:
+        return self.parts(size, 0, [(0, self.c_out)])[0]
 
-    def part(self, size: Size, dimension: int, first: int, number: int) -> Tensor:
-        """`number` slices along `dimension` from `first`, packed."""
+    def parts(self, size: Size, dimension: int, slices: list[tuple[int, int]]) -> list[Call]:
+        """(first, number) of slices along `dimension`, packed, each with its bias: along 1 they all have the same."""
         packed = self._forms(size).packed
-        known = packed.get((dimension, first, number))
-        if known is None:
-            known = onednn.pack(self.weight.narrow(dimension, first, number), size, self.geometry)
-            packed[dimension, first, number] = known
-        return known
+        found = []
+        for first, number in slices:
+            known = packed.get((dimension, first, number))
+            if known is None:
+                known = packed[dimension, first, number] = self._part(size, dimension, first, number)
+            found.append(known)
+        return found
+
+    def _part(self, size: Size, dimension: int, first: int, number: int) -> Call:
+        with torch.inference_mode(False):
+            packed = onednn.pack(self.weight.narrow(dimension, first, number), size, self.geometry)
+            return packed, self.bias if self.bias is None or dimension else self.bias.narrow(0, first, number)
 
     def gathered_bias(self, out: Kept) -> Tensor | None:
         if self.bias is None:
@@ -109,15 +118,16 @@ class ConvWeights:
             return self._gathered_bias(self.bias, out)
         known = self._biases.get(out)
         if known is None:
-            known = self._biases[out] = self._gathered_bias(self.bias, out)
+            with torch.inference_mode(False):
+                known = self._biases[out] = self._gathered_bias(self.bias, out)
         return known
 
     def _gathered_bias(self, bias: Tensor, out: Kept) -> Tensor:
         granularity = out.granularity
-        with torch.inference_mode(False):
-            if self._padded_bias is None:
+        if self._padded_bias is None:
+            with torch.inference_mode(False):
                 self._padded_bias = F.pad(bias, (0, granularity)).view(-1, granularity)
-            return self._padded_bias.index_select(0, out.index(granularity, len(out.padded))).view(-1)
+        return self._padded_bias.index_select(0, out.index(granularity, len(out.padded))).view(-1)
 
     def recipe(self, size: Size, into: Kept | None, out: Kept | None) -> Recipe | None:
         """How to gather between masks with as many active channels as these, for inputs of this size."""

@@ -44,9 +44,7 @@ class Kept:
         """The padded groups in units of `unit` channels (it divides the granularity), then zeros' up to `length`."""
         known = self._index.get((unit, length))
         if known is None:
-            # It is used again in and outside of inference mode.
-            with torch.inference_mode(False):
-                known = self._index[unit, length] = torch.from_numpy(self._units(unit, length))
+            known = self._index[unit, length] = torch.from_numpy(self._units(unit, length))
         return known
 
     def remembered(self, key: tuple[int, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -69,7 +67,7 @@ class Kept:
 
 def _kept_of(keep: bytes, granularity: int) -> Kept:
     """For the bytes of bool [groups]."""
-    return Kept(np.frombuffer(keep, dtype=bool).nonzero()[0].tolist(), len(keep), granularity)
+    return Kept([group for group, runs in enumerate(keep) if runs], len(keep), granularity)
 
 
 kept_of = lru_cache(maxsize=_REMEMBERED)(_kept_of)

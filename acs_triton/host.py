@@ -171,6 +171,8 @@ def _accumulated(
     result = residual if overwrite else None
     for position, (piece, (packed, bias)) in enumerate(zip(pieces, planned.calls, strict=True)):
         name = activation if position == last else "none"
+        # What the runs give is added up, the bias once.
+        bias = bias if position == 0 else None
         if result is None:
             result = onednn.run(piece, packed, bias, weights.geometry, residual, name)
         else:

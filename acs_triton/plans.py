@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ways
 from .buffers import Size
-from .conv_weights import ConvWeights, Recipe
+from .conv_weights import Call, ConvWeights, Recipe
 from .decision import Active, Kept, aligned_runs
 from .parts import LONGEST_RUN
 
@@ -33,7 +33,7 @@ class Plan:
     """
 
     way: str
-    calls: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     runs: list[tuple[int, int]] = field(default_factory=list)
     recipe: Recipe | None = None
     bias: Tensor | None = None
@@ -77,24 +77,13 @@ def _prepared(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | N
     side = out if into is None else into
     if way == "groups" and side is not None:
         runs = aligned_runs(tuple(side.groups), LONGEST_RUN)
-        calls = [_run(weights, size, side, run, 0 if into is None else 1) for run in runs]
+        slices = [(first * side.granularity, number * side.granularity) for first, number in runs]
+        calls = weights.parts(size, 0 if into is None else 1, slices)
         return Plan(way, calls, runs, is_new=True)
     if way == "gather":
         bias = weights.bias if out is None else weights.gathered_bias(out)
         return Plan(way, recipe=weights.recipe(size, into, out), bias=bias, is_new=True)
-    return Plan(way, [(weights.whole(size), weights.bias)], is_new=side is not None and not _is_full(into, out))
-
-
-def _run(
-    weights: ConvWeights, size: Size, side: Kept, run: tuple[int, int], dimension: int
-) -> tuple[Tensor, Tensor | None]:
-    first, number = run[0] * side.granularity, run[1] * side.granularity
-    bias = weights.bias
-    if bias is not None and dimension == 0:
-        bias = bias.narrow(0, first, number)
-    elif run[0] != side.groups[0]:
-        bias = None  # results are added up, the bias once
-    return weights.part(size, dimension, first, number), bias
+    return Plan(way, [weights.whole(size)], is_new=side is not None and not _is_full(into, out))
 
 
 def _way(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, is_kept: bool = False) -> str:
