@@ -142,3 +142,32 @@ def test_the_layers_of_a_network_share_their_room() -> None:
             model(torch.randn(1, 16, 8, 8))
     assert len({id(tensor.__dict__["_acs_room"]) for tensor in tensors}) == 1
     assert tensors[0].__dict__["_acs_room"].taken > 0
+
+
+def test_masks_that_never_came_before_leave_nothing() -> None:
+    weight, weights, room = convolution()
+    x = image()
+    assert_produces(x, weight, weights, [0, 3, 6])
+    before = dict(weights.plans)
+    with ways.fresh_masks():
+        for groups in ([0, 3, 6], [0, 3, 6], [1], [1], [1]):
+            assert_produces(x, weight, weights, groups)
+        assert active([4]) is not active([4])
+    assert weights.plans == before
+    assert room.taken == 0
+
+
+@pytest.mark.parametrize("first", [16, 24])
+def test_what_is_remembered_for_a_mask_is_of_one_layout(first: int) -> None:
+    out = Kept([0, 2, 3, 5], 6, 8)
+    into = Kept([1, 2], 4, 8)
+    for block in (first, 40 - first):
+        weights = ConvWeights(torch.randn(48, 32, 1, 1), None, ((0, 0), (1, 1), (1, 1), 1), torch.float32)
+        layout = onednn.Layout(block, 1)
+        fill = weights._chunks(layout, out.width, into, out)
+        assert fill is not None
+        blocks = -(-out.width // block)
+        memory = torch.zeros(blocks * into.width * block)
+        fill(buffers.Buffer(memory, memory), into, out)
+        kept_weight = weights.weight[out.index(1, out.width)][:, into.index(1, into.width)]
+        assert torch.equal(memory, onednn.blocked(kept_weight, layout).flatten())

@@ -1,0 +1,130 @@
+"""Where the time of a sparse forward goes on a CPU, under masks that never came before.
+
+    python -m bench.cpu_profile resnet18 --density .25 .5 1
+
+Of each forward the calls of oneDNN's convolutions are recorded, then made again: in a row, with nothing between them, and
+each by itself many times, with its weights in the caches. The rest of a forward is gates, decisions, gathering, pools, the
+classifier, and Python. Writes bench/results/cpu-profile-NETWORK.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acs_triton import ACSModel, convert_model, onednn, ways, zoo
+from acs_triton.arguments import granularity, positive
+from acs_triton.benchmark import results
+from acs_triton.benchmark.gate_time import gate_seconds
+from acs_triton.benchmark.networks import calibrated, images
+from acs_triton.demo.network import channels_last
+from acs_triton.gates import GATE_CLASSES
+
+from .gpu.results import ROOT
+
+_SIZE = (3, 224, 224)
+_MASKS = 12
+"""Forwards that are taken apart, each with masks of its own."""
+_CALIBRATION, _WARM, _REPEATS = 4, 24, 15
+
+Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
+
+
+def profile(model: ACSModel, batches: Sequence[Tensor]) -> dict[str, float]:
+    """Milliseconds of a forward and of its parts, medians over masks, and the number of calls.
+
+    forward: as it is. in_a_row: its calls of oneDNN without anything between them. hot: the same, each many times.
+    gates: with their decisions.
+    """
+    found: dict[str, list[float]] = {name: [] for name in ("calls", "forward", "in_a_row", "hot")}
+    with torch.inference_mode():
+        for done in range(_WARM):
+            model(batches[done % len(batches)])
+        for done in range(_MASKS):
+            x = batches[done % len(batches)]
+            found["forward"].append(_milliseconds(partial(model, x)))
+            with recorded() as calls:
+                model(x)
+            found["calls"].append(len(calls))
+            found["in_a_row"].append(_milliseconds(partial(_again, calls)))
+            found["hot"].append(sum(_milliseconds(partial(_again, [call])) for call in calls))
+        gates = 1e3 * gate_seconds(model, batches[0], _REPEATS)
+    return {name: statistics.mean(values) for name, values in found.items()} | {"gates": gates}
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Inside the block, the calls of oneDNN's convolutions are noted."""
+    points, calls = onednn._ENTRY_POINTS, list[Call]()
+    if points is None:
+        raise RuntimeError("cpu_profile: this PyTorch has no oneDNN")
+
+    def noted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            calls.append((function, args))
+            return function(*args)
+
+        return call
+
+    names = ("convolve", "convolve_add", "accumulate_")
+    onednn._ENTRY_POINTS = points._replace(**{name: noted(getattr(points, name)) for name in names})
+    try:
+        yield calls
+    finally:
+        onednn._ENTRY_POINTS = points
+
+
+def _again(calls: list[Call]) -> None:
+    for function, args in calls:
+        function(*args)
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    function()
+    samples = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        function()
+        samples.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(samples)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench.cpu_profile", description=__doc__.split("\n")[0])
+    parser.add_argument("network", help="a torchvision or timm network")
+    parser.add_argument("--density", nargs="+", type=float, default=[0.25, 0.5, 1.0], metavar="D", help="(%(default)s)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="(%(default)s)")
+    parser.add_argument("--gate", choices=tuple(GATE_CLASSES), default="gap", help="(%(default)s)")
+    parser.add_argument("--granularity", type=granularity, default="auto", metavar="G", help="(%(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="(%(default)s)")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    network = zoo.build(given.network)
+    calibrated(network, images(_CALIBRATION, _SIZE, torch.device("cpu")))
+    model = convert_model(channels_last(network), gate=given.gate, granularity=given.granularity).eval()
+    model.lower(frozen=True)
+    everything = images(4 * given.batch, _SIZE, torch.device("cpu"), seed=1)
+    batches = everything.contiguous(memory_format=torch.channels_last).split(given.batch)
+    content = results.new(given.threads) | {"setting": vars(given), "densities": {}}
+    names = ("calls", "forward", "in_a_row", "hot", "gates")
+    print(f"{given.network}, batch {given.batch}, {given.gate} gates, {results.machine_line(content)}")
+    print(f"{'density':>8}" + "".join(f"{name:>10}" for name in names))
+    for density in given.density:
+        with model.override_masks(density=density), ways.fresh_masks():
+            found = content["densities"][f"{density:g}"] = profile(model, batches)
+        print(f"{density:8g}" + "".join(f"{found[name]:10.2f}" for name in names), flush=True)
+    results.save(content, ROOT / "bench" / "results" / f"cpu-profile-{given.network.replace(':', '-')}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
