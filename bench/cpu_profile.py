@@ -2,9 +2,9 @@
 
     python -m bench.cpu_profile resnet18 --density .25 .5 1
 
-Of each forward the calls of oneDNN's convolutions are recorded, then made again: in a row, with nothing between them, and
-each by itself many times, with its weights in the caches. The rest of a forward is gates, decisions, gathering, pools, the
-classifier, and Python. Writes bench/results/cpu-profile-NETWORK.json.
+The calls of oneDNN's convolutions in a forward are recorded, then made again: in a row, with nothing between them, and
+each by itself many times, with its weights in the caches. The rest of a forward is gates, decisions, gathering, pools,
+the classifier, and Python. Writes bench/results/cpu-profile-NETWORK.json.
 """
 
 from __future__ import annotations
