@@ -32,7 +32,7 @@ def draw(passes: Mapping[str, Record], path: Path, title: str) -> None:
     top = total - 0.6
     for (key, record), height in zip(passes.items(), heights, strict=True):
         rows = (height - _HEAD - _FOOT) / total
-        axes = figure.add_axes((0.22, (top - height + _FOOT) / total, 0.6, rows))
+        axes = figure.add_axes((0.29, (top - height + _FOOT) / total, 0.53, rows))
         _panel(axes, record)
         figure.text(0.02, (top - 0.3) / total, key, fontsize=14, color=_INK, va="center")
         figure.text(0.02, (top - 0.62) / total, _legend(record), fontsize=10, color=_QUIET, va="center")
@@ -54,7 +54,7 @@ def _panel(axes: Any, record: Record) -> None:
         axes.barh(row, middle, height=0.72, color=colour)
         axes.plot([low, high], [row, row], color=_INK, linewidth=1.2, solid_capstyle="butt")
         factor = speed_up(record, name).partition(" ")[0]
-        for place, word in ((1.11, f"{middle:.1f} ms"), (1.19, factor)):
+        for place, word in ((1.13, f"{middle:.1f} ms"), (1.22, factor)):
             axes.text(place, row, word, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=10,
                       color=_INK)  # fmt: skip
     if fastest is not None:
