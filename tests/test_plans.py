@@ -164,7 +164,7 @@ def test_what_is_remembered_for_a_mask_is_of_one_layout(first: int) -> None:
     for block in (first, 40 - first):
         weights = ConvWeights(torch.randn(48, 32, 1, 1), None, ((0, 0), (1, 1), (1, 1), 1), torch.float32)
         layout = onednn.Layout(block, 1)
-        fill = weights._chunks(layout, out.width, into, out)
+        fill = weights.masters._chunks(layout, out.width, into, out)
         assert fill is not None
         blocks = -(-out.width // block)
         memory = torch.zeros(blocks * into.width * block)
