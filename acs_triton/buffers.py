@@ -8,6 +8,7 @@ from collections import OrderedDict
 from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +24,16 @@ _ROOM_BYTES, _LARGEST = 256 << 20, 1280 << 10
 
 
 class Buffer:
-    """A packed weight whose memory is written again at each use."""
+    """A packed weight [n_out, n_in, kh, kw] whose memory is written again at each use, and a bias [n_out] likewise.
 
-    def __init__(self, packed: Tensor, memory: Tensor) -> None:
-        self.packed, self.memory = packed, memory
-        self._views: dict[tuple[int, ...], list[Tensor]] = {}
+    array, bias_array: the same memory for numpy.
+    """
+
+    __slots__ = ("array", "bias", "bias_array", "memory", "packed")
+
+    def __init__(self, packed: Tensor, memory: Tensor, bias: Tensor) -> None:
+        self.packed, self.memory, self.array = packed, memory, as_array(memory)
+        self.bias, self.bias_array = bias, as_array(bias)
 
     @classmethod
     def make(
@@ -48,15 +54,13 @@ class Buffer:
                 return None
             # Zeros: where a layout is padded, nothing is written later.
             memory.zero_()
-        return cls(packed, memory)
+            return cls(packed, memory, torch.zeros(shape[0], dtype=dtype))
 
-    def views(self, *shape: int) -> list[Tensor]:
-        """The memory as tensors of this shape, one after another."""
-        known = self._views.get(shape)
-        if known is None:
-            with torch.inference_mode(False):
-                known = self._views[shape] = list(self.memory.view(-1, *shape))
-        return known
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The same memory for numpy, which has no bfloat16: integers of the same size."""
+    array: np.ndarray = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
 class Pool:
@@ -120,10 +124,13 @@ def room_of(weight: Tensor) -> Room:
 
 
 class Lent(NamedTuple):
-    """A buffer and where to put it back."""
+    """A gathered weight with its bias, and the buffer that holds them, to be given back; none where they are copies."""
 
-    buffer: Buffer
-    pool: Pool
+    packed: Tensor
+    bias: Tensor | None
+    buffer: Buffer | None
+    pool: Pool | None
 
     def give_back(self) -> None:
-        self.pool.free.append(self.buffer)
+        if self.pool is not None and self.buffer is not None:
+            self.pool.free.append(self.buffer)

@@ -9,12 +9,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn, ways
-from .buffers import Buffer, Lent, Pool, Size, pool_for, room_of
+from .buffers import Buffer, Lent, Pool, Size, as_array, pool_for, room_of
 from .decision import Kept
 from .gathering import Fill, Masters
 from .onednn import Geometry
@@ -51,7 +52,7 @@ class ConvWeights:
 
     finite: whether zeros times the weight are zeros. tuned: the way that was measured to be fastest, if any.
     masters: what its gathered forms are read from.
-    work, plans: caches of its descriptions for the cost model, and of `plans`.
+    choices, plans: caches of `plans`, by the number of active channels and by the mask.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> None:
@@ -66,11 +67,10 @@ class ConvWeights:
         self.depthwise = geometry[3] > 1
         self.finite = bool(weight.isfinite().all())
         self._sizes: OrderedDict[tuple[Size, int], _Forms] = OrderedDict()
-        self.work: dict[tuple[object, ...], ways.Work] = {}
+        self.choices: dict[tuple[object, ...], Any] = {}
         self.plans: dict[tuple[object, ...], Any] = {}
         self._room, self._taken = room_of(weight), 0
-        self._padded_bias: Tensor | None = None
-        self._biases: dict[Kept, Tensor] = {}
+        self._padded_biases: dict[int, tuple[Tensor, np.ndarray]] = {}
         self._results: dict[tuple[int, int], tuple[int, int]] = {}
         self.masters = Masters(self.weight, self.depthwise)
 
@@ -108,22 +108,20 @@ class ConvWeights:
             return packed, self.bias if self.bias is None or dimension else self.bias.narrow(0, first, number)
 
     def gathered_bias(self, out: Kept) -> Tensor | None:
+        """A copy of its active part."""
         if self.bias is None:
             return None
-        if ways.masks_are_fresh():
-            return self._gathered_bias(self.bias, out)
-        known = self._biases.get(out)
+        padded, _ = self._padded_bias(self.bias, out.granularity)
+        return padded.index_select(0, torch.from_numpy(out.index(out.granularity, len(out.padded)))).view(-1)
+
+    def _padded_bias(self, bias: Tensor, granularity: int) -> tuple[Tensor, np.ndarray]:
+        """[groups, granularity], a group of zeros at the end."""
+        known = self._padded_biases.get(granularity)
         if known is None:
             with torch.inference_mode(False):
-                known = self._biases[out] = self._gathered_bias(self.bias, out)
+                padded = F.pad(bias, (0, granularity)).view(-1, granularity)
+                known = self._padded_biases[granularity] = (padded, as_array(padded))
         return known
-
-    def _gathered_bias(self, bias: Tensor, out: Kept) -> Tensor:
-        granularity = out.granularity
-        if self._padded_bias is None:
-            with torch.inference_mode(False):
-                self._padded_bias = F.pad(bias, (0, granularity)).view(-1, granularity)
-        return self._padded_bias.index_select(0, out.index(granularity, len(out.padded))).view(-1)
 
     def recipe(self, size: Size, into: Kept | None, out: Kept | None) -> Recipe | None:
         """How to gather between masks with as many active channels as these, for inputs of this size."""
@@ -135,22 +133,32 @@ class ConvWeights:
                 recipes[key] = self._recipe(size, n_in, n_out, into, out)
         return recipes[key]
 
-    def gathered(self, recipe: Recipe | None, into: Kept | None, out: Kept | None) -> Lent | Tensor:
-        """The weight between the active channels; from a plain tensor where the packed layout is not known."""
+    def gathered(self, recipe: Recipe | None, into: Kept | None, out: Kept | None) -> Lent:
+        """Weight and bias between the active channels; a plain weight where the packed layout is not known."""
         if recipe is None:
-            return self.masters.plain(into, out)
+            return self._copied(into, out)
         try:
             buffer = recipe.pool.free.pop()
         except IndexError:  # the first time, or another thread has it
             made = recipe.make()
             if made is None:
-                return self.masters.plain(into, out)
+                return self._copied(into, out)
             buffer = made
         recipe.fill(buffer, into, out)
-        return Lent(buffer, recipe.pool)
+        if out is None or self.bias is None:
+            return Lent(buffer.packed, self.bias, buffer, recipe.pool)
+        granularity = out.granularity
+        _, array = self._padded_bias(self.bias, granularity)
+        groups = out.index(granularity, len(out.padded))
+        array.take(groups, 0, buffer.bias_array.reshape(-1, granularity), "clip")
+        return Lent(buffer.packed, buffer.bias, buffer, recipe.pool)
 
-    def keep_gathered(self, size: Size, into: Kept | None, out: Kept | None) -> Tensor | None:
-        """The weight between the active channels, packed, to be used again; None where there is no room for it.
+    def _copied(self, into: Kept | None, out: Kept | None) -> Lent:
+        bias = self.bias if out is None else self.gathered_bias(out)
+        return Lent(self.masters.plain(into, out), bias, None, None)
+
+    def keep_gathered(self, size: Size, into: Kept | None, out: Kept | None) -> Call | None:
+        """Weight and bias between the active channels, packed, to be used again; None where there is no room for them.
 
         What is kept stays: were the oldest dropped, masks in turn would each be gathered and dropped again.
         """
@@ -160,12 +168,12 @@ class ConvWeights:
             return None
         self._taken += nbytes
         geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
-        return onednn.pack(self.masters.plain(into, out), size, geometry)
+        bias = self.bias if out is None else self.gathered_bias(out)
+        return onednn.pack(self.masters.plain(into, out), size, geometry), bias
 
     def forget_plans(self) -> None:
-        """Drop them, the gathered weights that they hold, and the gathered biases."""
+        """Drop them and the gathered weights that they hold."""
         self.plans.clear()
-        self._biases.clear()
         self._room.taken -= self._taken
         self._taken = 0
 
@@ -187,7 +195,7 @@ class ConvWeights:
             while len(self._sizes) >= _SIZES_KEPT:
                 self._sizes.popitem(last=False)
                 self.masters.clear()
-                self.work.clear()
+                self.choices.clear()
                 self._results.clear()
                 self.forget_plans()
             known = self._sizes[key] = _Forms()

@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from itertools import pairwise
+from functools import cache, lru_cache
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .ways import masks_are_fresh
 
 # Each width that a convolution is run at costs oneDNN a kernel, so fine groups are padded to one of this many.
 WIDTHS = 16
-# Of a layer with eight groups there are 256 decisions.
+# Neighbouring groups share a call in aligned runs of up to this many; each length is packed separately,
+# and with eight groups a layer an all-one mask is one call.
+LONGEST_RUN = 8
+# A run of fewer channels does not fill a vector register of 16 floats.
+_SMALLEST_RUN = 16
+# The masks of so few groups (256 of eight, which is what "auto" gives a layer) are all prepared ahead, seen or not.
+_TABULATED = 8
+# Of those of more groups.
 _REMEMBERED = 2048
+# Channels of the widest block of a packed weight: a list may have to go on with zeros for so many.
+_WIDEST_BLOCK = 128
+
+
+class _Lists:
+    """The groups of several masks, in units of some channels; made for all of them at the first use of a unit.
+
+    padded: of each mask, as in `Kept`, then `total` to the end of the row.
+    """
+
+    __slots__ = ("_by_unit", "_granularity", "_padded", "_total")
+
+    def __init__(self, padded: list[list[int]], total: int, granularity: int) -> None:
+        self._padded, self._total, self._granularity = padded, total, granularity
+        self._by_unit: dict[int, np.ndarray] = {}
+
+    def rows(self, unit: int) -> np.ndarray:
+        """int64 [masks, units]"""
+        known = self._by_unit.get(unit)
+        if known is None:
+            known = self._by_unit[unit] = self._in_units(unit)
+        return known
+
+    def _in_units(self, unit: int) -> np.ndarray:
+        each, zeros = self._granularity // unit, self._total * (self._granularity // unit)
+        longest = max(map(len, self._padded))
+        rows = np.full((len(self._padded), longest * each + -(-_WIDEST_BLOCK // unit)), zeros, dtype=np.int64)
+        for row, groups in zip(rows, self._padded, strict=True):
+            spread = np.array(groups, dtype=np.int64)
+            if each > 1:
+                spread = (spread[:, None] * each + np.arange(each)).ravel()
+            row[: spread.size] = spread
+        return rows
 
 
 class Kept:
@@ -24,10 +61,13 @@ class Kept:
     for them is found by it.
 
     groups: the active ones, ascending. padded: the same, then `total`, a group of zeros, until their number is one that
-    is run; at least one group.
+    is run; at least one group. width: channels of compact tensors. runs: (first, number) of aligned runs of groups that
+    a convolution can be run in, if it can. form: all that the cost of a convolution depends on.
     """
 
-    __slots__ = ("_arrays", "_index", "granularity", "groups", "is_full", "padded", "total", "width")
+    __slots__ = (
+        "_lists", "_row", "form", "granularity", "groups", "is_full", "padded", "run_widths", "runs", "total", "width"
+    )  # fmt: skip
 
     def __init__(self, groups: list[int], total: int, granularity: int) -> None:
         self.groups, self.total, self.granularity = groups, total, granularity
@@ -35,42 +75,26 @@ class Kept:
         step = -(-total // WIDTHS)
         wanted = max(step, -(-len(groups) // step) * step)
         self.padded = groups if wanted == len(groups) else groups + [total] * (wanted - len(groups))
-        # Channels of compact tensors.
         self.width = wanted * granularity
-        self._index: dict[tuple[int, int], Tensor] = {}
-        self._arrays: dict[tuple[int, ...], np.ndarray] = {}
+        self.runs: list[tuple[int, int]] = []
+        self.run_widths: tuple[int, ...] | None = None
+        if groups and self.padded is groups and granularity >= _SMALLEST_RUN:
+            self.runs = aligned_runs(groups, LONGEST_RUN)
+            self.run_widths = tuple([number * granularity for _, number in self.runs])
+        self.form = (self.width, granularity, self.is_full, bool(groups), self.run_widths)
+        self._share(_Lists([self.padded], total, granularity), 0)
 
-    def index(self, unit: int, length: int) -> Tensor:
+    def _share(self, lists: _Lists, row: int) -> None:
+        self._lists, self._row = lists, row
+
+    def index(self, unit: int, length: int) -> np.ndarray:
         """The padded groups in units of `unit` channels (it divides the granularity), then zeros' up to `length`."""
-        known = self._index.get((unit, length))
-        if known is None:
-            known = self._index[unit, length] = torch.from_numpy(self._units(unit, length))
-        return known
+        row: np.ndarray = self._lists.rows(unit)[self._row, :length]
+        return row
 
-    def remembered(self, key: tuple[int, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
-        """What `make` returns, which depends on the active groups and the key alone."""
-        if self.total > WIDTHS:
-            return make()  # masks of so many groups hardly ever come again
-        known = self._arrays.get(key)
-        if known is None:
-            known = self._arrays[key] = make()
-        return known
-
-    def _units(self, unit: int, length: int) -> np.ndarray:
-        each = self.granularity // unit
-        units = np.full(length, self.total * each, dtype=np.int64)
-        groups = np.array(self.padded, dtype=np.int64)
-        spread = groups if each == 1 else (groups[:, None] * each + np.arange(each)).ravel()
-        units[: min(spread.size, length)] = spread[:length]
-        return units
-
-
-def _kept_of(keep: bytes, granularity: int) -> Kept:
-    """For the bytes of bool [groups]."""
-    return Kept([group for group, runs in enumerate(keep) if runs], len(keep), granularity)
-
-
-kept_of = lru_cache(maxsize=_REMEMBERED)(_kept_of)
+    def channels(self) -> np.ndarray:
+        """Those of the padded groups, one by one."""
+        return (np.array(self.padded)[:, None] * self.granularity + np.arange(self.granularity)).ravel()
 
 
 class Stretch(NamedTuple):
@@ -88,9 +112,8 @@ class Active:
 
     def __init__(self, keep: np.ndarray, granularity: int) -> None:
         self.keep, self.granularity = keep, granularity
-        remembered = _kept_of if masks_are_fresh() else kept_of
         self.stretches = [
-            Stretch(first, last - first, remembered(keep[first].tobytes(), granularity))
+            Stretch(first, last - first, kept_of(keep[first].tobytes(), granularity))
             for first, last in _equal_rows(keep)
         ]
         self.is_full = all(stretch.kept.is_full for stretch in self.stretches)
@@ -100,17 +123,51 @@ class Active:
         return self.keep.shape[1] * self.granularity
 
 
+def kept_of(keep: bytes, granularity: int) -> Kept:
+    """For the bytes of bool [groups]."""
+    if len(keep) <= _TABULATED:
+        return _table(len(keep), granularity)[keep]
+    return _kept_of(keep, granularity) if masks_are_fresh() else _remembered(keep, granularity)
+
+
+def _kept_of(keep: bytes, granularity: int) -> Kept:
+    return Kept([group for group, runs in enumerate(keep) if runs], len(keep), granularity)
+
+
+_remembered = lru_cache(maxsize=_REMEMBERED)(_kept_of)
+
+
+@cache
+def _table(total: int, granularity: int) -> dict[bytes, Kept]:
+    """All masks of so many groups."""
+    found = {keep: _kept_of(keep, granularity) for keep in map(bytes, product((0, 1), repeat=total))}
+    lists = _Lists([kept.padded for kept in found.values()], total, granularity)
+    for row, kept in enumerate(found.values()):
+        kept._share(lists, row)
+    return found
+
+
 def decided(keep: np.ndarray, granularity: int) -> Active:
     """The decision for bool [N, groups]; that of one sample is remembered."""
-    if masks_are_fresh():
+    samples, groups = keep.shape
+    if samples != 1:
         return Active(keep, granularity)
-    return _decided_for_one(keep.tobytes(), granularity) if keep.shape[0] == 1 else Active(keep, granularity)
+    if groups <= _TABULATED:
+        return _decided_for_one(groups, granularity)[keep.tobytes()]
+    return Active(keep, granularity) if masks_are_fresh() else _remembered_for_one(keep.tobytes(), granularity)
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def _decided_for_one(keep: bytes, granularity: int) -> Active:
+@cache
+def _decided_for_one(groups: int, granularity: int) -> dict[bytes, Active]:
+    return {keep: _active_of_one(keep, granularity) for keep in _table(groups, granularity)}
+
+
+def _active_of_one(keep: bytes, granularity: int) -> Active:
     # A copy, which can be written: PyTorch takes no others.
     return Active(np.frombuffer(keep, dtype=bool)[None].copy(), granularity)
+
+
+_remembered_for_one = lru_cache(maxsize=_REMEMBERED)(_active_of_one)
 
 
 def _equal_rows(keep: np.ndarray) -> list[tuple[int, int]]:
@@ -121,15 +178,14 @@ def _equal_rows(keep: np.ndarray) -> list[tuple[int, int]]:
     return [(first, last) for first, last in pairwise(starts) if last > first]
 
 
-@lru_cache(maxsize=4096)
-def aligned_runs(groups: tuple[int, ...], longest: int) -> list[tuple[int, int]]:
+def aligned_runs(groups: list[int], longest: int) -> list[tuple[int, int]]:
     """(first group, number of groups) of aligned runs of 1, 2, 4 ... `longest` groups that cover the given ones."""
     runs = []
     position = 0
     while position < len(groups):
         first, length = groups[position], 1
         while length < longest and first % (2 * length) == 0:
-            if groups[position + length : position + 2 * length] != tuple(range(first + length, first + 2 * length)):
+            if groups[position + length : position + 2 * length] != [*range(first + length, first + 2 * length)]:
                 break
             length *= 2
         runs.append((first, length))

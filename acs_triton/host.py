@@ -191,19 +191,19 @@ def _gathered(
     activation: str,
     overwrite: bool = False,
 ) -> Tensor:
-    found: Lent | None = None
+    lent: Lent | None = None
     if planned.calls:
         ((weight, bias),) = planned.calls
     else:
-        bias, gathered = planned.bias, weights.gathered(planned.recipe, into, out)
-        found, weight = (gathered, gathered.buffer.packed) if isinstance(gathered, Lent) else (None, gathered)
+        lent = weights.gathered(planned.recipe, into, out)
+        weight, bias = lent.packed, lent.bias
     geometry = (*weights.geometry[:3], x.shape[1]) if weights.depthwise else weights.geometry
     if overwrite and residual is not None:
         y = onednn.accumulate_(residual, x, weight, bias, geometry, activation)
     else:
         y = onednn.run(x, weight, bias, geometry, residual, activation)
-    if found is not None:
-        found.give_back()
+    if lent is not None:
+        lent.give_back()
     return y
 
 
@@ -232,7 +232,7 @@ def affine(x: Parts, scale: Tensor, shift: Tensor, activation: str) -> Parts:
     scale, shift = (F.pad(vector.to(dtype), (0, granularity)) for vector in (scale, shift))
     done: list[Part] = []
     for part, stretch in zip(x.parts, x.active.stretches, strict=True):
-        kept = stretch.kept.index(1, stretch.kept.width)
+        kept = torch.from_numpy(stretch.kept.channels())
         compact = as_compact(part)
         factor, offset = scale[kept][:, None, None], shift[kept][:, None, None]
         y = onednn.activate_(torch.addcmul(offset, compact.to(dtype), factor), activation)

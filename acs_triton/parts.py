@@ -8,11 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .decision import Active, Kept, aligned_runs
-
-# Neighbouring groups share a call in aligned runs of up to this many; each length is packed separately,
-# and with eight groups a layer an all-one mask is one call.
-LONGEST_RUN = 8
+from .decision import Active, Kept
 
 
 class Runs(NamedTuple):
@@ -126,7 +122,6 @@ def joined(runs: Runs) -> Tensor:
 
 
 def split(compact: Tensor, kept: Kept) -> Runs:
-    runs = aligned_runs(tuple(kept.groups), LONGEST_RUN)
-    widths = [number * kept.granularity for _, number in runs]
-    pieces = compact.split(widths, dim=1)
-    return Runs([piece.contiguous(memory_format=torch.channels_last) for piece in pieces], runs)
+    assert kept.run_widths is not None  # it can be run in groups
+    pieces = compact.split(kept.run_widths, dim=1)
+    return Runs([piece.contiguous(memory_format=torch.channels_last) for piece in pieces], kept.runs)

@@ -14,11 +14,8 @@ from torch import Tensor
 from . import ways
 from .buffers import Size
 from .conv_weights import Call, ConvWeights, Recipe
-from .decision import Active, Kept, aligned_runs
-from .parts import LONGEST_RUN
+from .decision import Active, Kept
 
-# A run of fewer channels does not fill a vector register of 16 floats.
-_SMALLEST_GROUP = 16
 # For each weight. A layer with eight groups has 256 decisions.
 _REMEMBERED = 1024
 
@@ -28,7 +25,7 @@ class Plan:
     """One of `ways.WAYS` and what it needs.
 
     calls: packed weight and bias of each call of "groups", in the order of `runs`, (first group, number) of each; of
-    the only call of "dense", and of "gather" where the gathered weight is kept. recipe, bias: of "gather" elsewhere.
+    the only call of "dense", and of "gather" where the gathered weight is kept. recipe: of "gather" elsewhere.
     is_new: it was used once.
     """
 
@@ -36,54 +33,72 @@ class Plan:
     calls: list[Call] = field(default_factory=list)
     runs: list[tuple[int, int]] = field(default_factory=list)
     recipe: Recipe | None = None
-    bias: Tensor | None = None
     is_new: bool = False
 
 
 def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, in_runs: bool = False) -> Plan:
     """For inputs like x. in_runs: they come as `parts.Runs`, of which x is one."""
-    if ways.masks_are_fresh() and (into is not None or out is not None):
-        return _prepared(weights, _size(x), into, out, in_runs)
-    key = (x.shape, into, out, in_runs, weights.tuned.way, ways.forced(), torch.get_num_threads())
+    shape, threads = x.shape, torch.get_num_threads()
+    if ways.masks_are_fresh():
+        return _prepared(weights, shape, into, out, in_runs, threads)
+    key = (shape, into, out, in_runs, weights.tuned.way, ways.forced(), threads)
     known: Plan | None = weights.plans.get(key)
     if known is None:
         if len(weights.plans) >= _REMEMBERED:
             weights.forget_plans()
-        known = weights.plans[key] = _prepared(weights, _size(x), into, out, in_runs)
+        prepared = _prepared(weights, shape, into, out, in_runs, threads)
+        is_new = not _is_full(into, out)
+        known = weights.plans[key] = Plan(prepared.way, prepared.calls, prepared.runs, prepared.recipe, is_new)
     elif known.is_new:
         # Masks of single channels hardly ever come again, so nothing is kept at their first use.
         known.is_new = False
         with torch.inference_mode(False):
-            known = weights.plans[key] = _kept(weights, _size(x), into, out) or known
+            known = weights.plans[key] = _kept(weights, shape, into, out) or known
     return known
 
 
-def _kept(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) -> Plan | None:
+def _kept(weights: ConvWeights, shape: torch.Size, into: Kept | None, out: Kept | None) -> Plan | None:
     """One call on a gathered weight that is kept, where nothing else is faster and there is room."""
+    size = _size(shape)
     # What is forced is to be measured, and would be measured without its gathering.
     if ways.forced() or _way(weights, size, into, out, is_kept=True) != "gather":
         return None
-    packed = weights.keep_gathered(size, into, out)
-    bias = weights.bias if out is None else weights.gathered_bias(out)
-    return None if packed is None else Plan("gather", [(packed, bias)])
+    call = weights.keep_gathered(size, into, out)
+    return None if call is None else Plan("gather", [call])
 
 
-def _size(x: Tensor) -> Size:
-    return x.shape[0], x.shape[2], x.shape[3]
+def _size(shape: torch.Size) -> Size:
+    return shape[0], shape[2], shape[3]
 
 
-def _prepared(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, in_runs: bool) -> Plan:
-    way = "groups" if in_runs else _way(weights, size, into, out)
+def _prepared(
+    weights: ConvWeights, shape: torch.Size, into: Kept | None, out: Kept | None, in_runs: bool, threads: int
+) -> Plan:
+    """What does not depend on which channels are active, only on their number, is prepared once."""
+    forms = None if into is None else into.form, None if out is None else out.form
+    key = (shape, *forms, in_runs, weights.tuned.way, ways.forced(), threads)
+    chosen: Plan | None = weights.choices.get(key)
+    if chosen is None:
+        if len(weights.choices) >= _REMEMBERED:
+            weights.choices.clear()
+        chosen = weights.choices[key] = _chosen(weights, _size(shape), into, out, in_runs)
+    if chosen.way != "groups":
+        return chosen
     side = out if into is None else into
-    if way == "groups" and side is not None:
-        runs = aligned_runs(tuple(side.groups), LONGEST_RUN)
-        slices = [(first * side.granularity, number * side.granularity) for first, number in runs]
-        calls = weights.parts(size, 0 if into is None else 1, slices)
-        return Plan(way, calls, runs, is_new=True)
+    assert side is not None  # one side is gated
+    dimension, granularity = 0 if into is None else 1, side.granularity
+    slices = [(first * granularity, number * granularity) for first, number in side.runs]
+    return Plan("groups", weights.parts(_size(shape), dimension, slices), side.runs)
+
+
+def _chosen(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, in_runs: bool) -> Plan:
+    """The plan, or for "groups" only the way."""
+    way = "groups" if in_runs else _way(weights, size, into, out)
+    if way == "groups":
+        return Plan(way)
     if way == "gather":
-        bias = weights.bias if out is None else weights.gathered_bias(out)
-        return Plan(way, recipe=weights.recipe(size, into, out), bias=bias, is_new=True)
-    return Plan(way, [weights.whole(size)], is_new=side is not None and not _is_full(into, out))
+        return Plan(way, recipe=weights.recipe(size, into, out))
+    return Plan(way, [weights.whole(size)])
 
 
 def _way(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, is_kept: bool = False) -> str:
@@ -138,20 +153,10 @@ def _common(into: Active | None, out: Active) -> Iterator[tuple[int, Kept | None
 def _work(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None) -> ways.Work:
     n_in, n_out = weights.c_in if into is None else into.width, weights.c_out if out is None else out.width
     side = out if into is None else into
-    runs = None
     # Accumulated in another dtype, each run would round.
     one_sided = into is None or (out is None and weights.dtype == torch.float32)
-    if one_sided and side is not None and side.groups and _runs_well(side):
-        runs = tuple(number * side.granularity for _, number in aligned_runs(tuple(side.groups), LONGEST_RUN))
-    key = (size, n_in, n_out, runs)
-    known = weights.work.get(key)
-    if known is None:
-        known = weights.work[key] = _described(weights, size, n_in, n_out, runs)
-    return known
-
-
-def _runs_well(kept: Kept) -> bool:
-    return kept.padded is kept.groups and kept.granularity >= _SMALLEST_GROUP
+    runs = side.run_widths if one_sided and side is not None else None
+    return _described(weights, size, n_in, n_out, runs)
 
 
 def _described(weights: ConvWeights, size: Size, n_in: int, n_out: int, runs: tuple[int, ...] | None) -> ways.Work:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acs_triton import onednn
-from acs_triton.buffers import Lent
 from acs_triton.conv_weights import ConvWeights
 from acs_triton.decision import Kept
 
@@ -44,7 +43,7 @@ def gathered(weight: Tensor, into: Kept | None, out: Kept | None) -> Tensor:
             ending = list(weight.shape)
             ending[dimension] = side.granularity
             weight = torch.cat([weight, weight.new_zeros(ending)], dim=dimension)
-            weight = weight.index_select(dimension, side.index(1, side.width))
+            weight = weight.index_select(dimension, torch.from_numpy(side.channels()))
     return weight
 
 
@@ -63,16 +62,13 @@ def test_gathered_is_packed(shape: tuple[int, ...], sides: str, dtype: torch.dty
         x = torch.randn(1, expected_weight.shape[1], height, height, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         found = weights.gathered(weights.recipe((1, height, height), into, out), into, out)
-        packed = found.buffer.packed if isinstance(found, Lent) else found
         shape, geometry = tuple(expected_weight.shape), weights.geometry
         if dtype == torch.float32 and onednn.layout(shape, dtype, (1, height, height), geometry) is not None:
-            assert isinstance(found, Lent), "a known layout is written directly"
-        kept_bias = bias if out is None else weights.gathered_bias(out)
-        actual = onednn.run(x, packed, kept_bias, weights.geometry, None, "none")
+            assert found.buffer is not None, "a known layout is written directly"
+        actual = onednn.run(x, found.packed, found.bias, weights.geometry, None, "none")
         expected = onednn.run(x, expected_weight, expected_bias, weights.geometry, None, "none")
         assert torch.equal(actual, expected)
-        if isinstance(found, Lent):
-            found.give_back()
+        found.give_back()
 
 
 @pytest.mark.parametrize("granularity", [1, 4, 12])
@@ -83,9 +79,9 @@ def test_gathered_depthwise_is_packed(granularity: int) -> None:
         out = kept(96, granularity, groups)
         x = torch.randn(1, out.width, 14, 14).contiguous(memory_format=torch.channels_last)
         found = weights.gathered(weights.recipe((1, 14, 14), None, out), None, out)
-        assert isinstance(found, Lent)
+        assert found.buffer is not None
         geometry = (*weights.geometry[:3], out.width)
-        actual = onednn.run(x, found.buffer.packed, weights.gathered_bias(out), geometry, None, "none")
+        actual = onednn.run(x, found.packed, found.bias, geometry, None, "none")
         found.give_back()
         expected = F.conv2d(x, gathered(weight, None, out), gathered(bias[:, None], None, out)[:, 0], *geometry[1::-1],
                             1, out.width)  # fmt: skip
@@ -100,5 +96,5 @@ def test_an_unknown_layout_gathers_plainly(sides: str, monkeypatch: pytest.Monke
     out = kept(64, 8, [1, 2, 7]) if sides != "in" else None
     into = kept(32, 2, [0, 15]) if sides != "out" else None
     found = weights.gathered(weights.recipe((1, 14, 14), into, out), into, out)
-    assert isinstance(found, Tensor)
-    assert torch.equal(found, gathered(weight, into, out))
+    assert found.buffer is None
+    assert torch.equal(found.packed, gathered(weight, into, out))

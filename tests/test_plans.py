@@ -31,6 +31,13 @@ def active(groups: list[int]) -> Active:
     return decided(keep.numpy(), 8)
 
 
+def many(groups: list[int]) -> Active:
+    """Of more groups than are prepared ahead."""
+    keep = torch.zeros(1, 16, dtype=torch.bool)
+    keep[:, groups] = True
+    return decided(keep.numpy(), 4)
+
+
 def image(seed: int = 0, size: int = 14) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, 64, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
@@ -59,6 +66,7 @@ def test_equal_masks_are_one_object() -> None:
     assert active([1, 4]) is active([1, 4])
     assert kept([1, 4]) is active([1, 4]).stretches[0].kept
     assert kept([1, 4]) is not kept([1, 5])
+    assert many([4]) is many([4])
 
 
 def test_what_comes_again_is_kept() -> None:
@@ -152,22 +160,6 @@ def test_masks_that_never_came_before_leave_nothing() -> None:
     with ways.fresh_masks():
         for groups in ([0, 3, 6], [0, 3, 6], [1], [1], [1]):
             assert_produces(x, weight, weights, groups)
-        assert active([4]) is not active([4])
+        assert many([4]) is not many([4])
     assert weights.plans == before
     assert room.taken == 0
-
-
-@pytest.mark.parametrize("first", [16, 24])
-def test_what_is_remembered_for_a_mask_is_of_one_layout(first: int) -> None:
-    out = Kept([0, 2, 3, 5], 6, 8)
-    into = Kept([1, 2], 4, 8)
-    for block in (first, 40 - first):
-        weights = ConvWeights(torch.randn(48, 32, 1, 1), None, ((0, 0), (1, 1), (1, 1), 1), torch.float32)
-        layout = onednn.Layout(block, 1)
-        fill = weights.masters._chunks(layout, out.width, into, out)
-        assert fill is not None
-        blocks = -(-out.width // block)
-        memory = torch.zeros(blocks * into.width * block)
-        fill(buffers.Buffer(memory, memory), into, out)
-        kept_weight = weights.weight[out.index(1, out.width)][:, into.index(1, into.width)]
-        assert torch.equal(memory, onednn.blocked(kept_weight, layout).flatten())

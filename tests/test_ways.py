@@ -160,13 +160,13 @@ def test_host_decisions_are_what_operators_take() -> None:
 @pytest.mark.parametrize(
     ("groups", "runs"),
     [
-        ((), []),
-        ((0, 1, 2, 3, 4, 5, 6, 7), [(0, 8)]),
-        ((1, 2, 3), [(1, 1), (2, 2)]),
-        ((0, 1, 3, 4, 5, 6), [(0, 2), (3, 1), (4, 2), (6, 1)]),
+        ([], []),
+        ([0, 1, 2, 3, 4, 5, 6, 7], [(0, 8)]),
+        ([1, 2, 3], [(1, 1), (2, 2)]),
+        ([0, 1, 3, 4, 5, 6], [(0, 2), (3, 1), (4, 2), (6, 1)]),
     ],
 )
-def test_aligned_runs(groups: tuple[int, ...], runs: list[tuple[int, int]]) -> None:
+def test_aligned_runs(groups: list[int], runs: list[tuple[int, int]]) -> None:
     assert aligned_runs(groups, 8) == runs
 
 

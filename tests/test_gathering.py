@@ -1,0 +1,74 @@
+"""The active part of a weight is written as oneDNN's layouts want it, whichever way it is copied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from acs_triton import gathering, onednn
+from acs_triton.buffers import Buffer
+from acs_triton.decision import Kept
+from acs_triton.gathering import Masters
+from acs_triton.onednn import Layout
+
+# (_LONGEST_INDEX, _SHORTEST_CHUNK, _PARALLEL_BYTES): one index by numpy or by PyTorch, block by block.
+COPIES = {"numpy": (1 << 30, 0, 1 << 30), "pytorch": (1 << 30, 0, 0), "steps": (0, 1 << 30, 1 << 30)}
+OUT, INTO = Kept([0, 2, 3, 5], 6, 8), Kept([1, 2, 6], 8, 4)
+
+
+def active_part(weight: Tensor, into: Kept | None, out: Kept | None) -> Tensor:
+    """With zeros for the padding."""
+    for dimension, side in ((0, out), (1, into)):
+        if side is not None:
+            zeros = list(weight.shape)
+            zeros[dimension] = side.granularity
+            weight = torch.cat([weight, weight.new_zeros(zeros)], dim=dimension)
+            weight = weight.index_select(dimension, torch.from_numpy(side.channels()))
+    return weight
+
+
+def filled(weight: Tensor, layout: Layout, into: Kept | None, out: Kept | None, depthwise: bool = False) -> Tensor:
+    expected = active_part(weight, into, out)
+    memory = torch.zeros_like(onednn.blocked(expected, layout).flatten())
+    fill = Masters(weight, depthwise).fill(layout, expected.shape[0], into, out)
+    # Twice: buffers are written again at each use.
+    for _ in range(2):
+        fill(Buffer(memory, memory, torch.zeros(1)), into, out)
+    return memory
+
+
+@pytest.fixture(params=COPIES)
+def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("_LONGEST_INDEX", "_SHORTEST_CHUNK", "_PARALLEL_BYTES")
+    for name, value in zip(names, COPIES[request.param], strict=True):
+        monkeypatch.setattr(gathering, name, value)
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sides", ["in", "out", "both"])
+@pytest.mark.parametrize("block", [8, 16, 24, 48])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_every_layout_is_written(kernel: int, block: int, sides: str, dtype: torch.dtype) -> None:
+    layout = Layout(block, 2 if dtype == torch.bfloat16 else 1)
+    weight = torch.randn(48, 32, kernel, kernel).to(dtype)
+    into, out = INTO if sides != "out" else None, OUT if sides != "in" else None
+    expected = onednn.blocked(active_part(weight, into, out), layout).flatten()
+    assert torch.equal(filled(weight, layout, into, out), expected)
+
+
+@pytest.mark.usefixtures("copies")
+def test_a_depthwise_layout_is_written() -> None:
+    weight = torch.randn(48, 1, 3, 3)
+    expected = onednn.blocked(active_part(weight, None, OUT), Layout(32, 1)).flatten()
+    assert torch.equal(filled(weight, Layout(32, 1), None, OUT, depthwise=True), expected)
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("groups", [1, 8, 17, 40])
+def test_single_and_padded_groups(groups: int) -> None:
+    out = Kept(list(range(0, groups, 2)), groups, 8 if groups < 17 else 1)
+    weight = torch.randn(out.granularity * groups, 16, 3, 3)
+    expected = onednn.blocked(active_part(weight, None, out), Layout(16, 1)).flatten()
+    assert torch.equal(filled(weight, Layout(16, 1), None, out), expected)
