@@ -17,14 +17,10 @@ from .onednn import Layout
 
 Fill = Callable[[Buffer, Kept | None, Kept | None], None]
 """Writes the weight between the active channels of two sides into a buffer."""
-_Side = Callable[[Kept | None], np.ndarray]
-"""What a side adds to the position of each chunk."""
 # Chunks of a weight that one index names; of more, it is longer to make than several.
 _LONGEST_INDEX = 1 << 15
-# Bytes of a chunk that are worth an entry of eight in an index.
-_SHORTEST_CHUNK = 128
-# For fewer bytes, PyTorch's threads are not worth their start.
-_PARALLEL_BYTES = 256 << 10
+# PyTorch's threads are not worth their start for fewer bytes, nor for shorter chunks.
+_PARALLEL_BYTES, _SHORTEST_CHUNK = 256 << 10, 128
 
 
 class Masters:
@@ -56,21 +52,24 @@ class Masters:
             ("blocks", layout, in_granularity, out_granularity),
             lambda: onednn.blocked(self._padded(in_granularity, out_granularity), layout),
         )
-        blocks = master.shape[0] if out is None else len(out.padded) * (out_granularity // block)
-        if into is None:
-            # Nothing is left out within a block.
-            whole_blocks = _side(out, block, blocks, lambda positions: positions)
-            return _at_once(master.view(master.shape[0], -1), whole_blocks, _side(None, 1, 1, lambda zero: zero))
-        groups, number = into.total + 1, len(into.padded)
-        by_groups = master.view(-1, taps, groups, in_granularity * block)
+        if out is not None and into is None:
+            blocks = len(out.padded) * (out_granularity // block)
+            return _of_one(master.view(1, master.shape[0], -1), 0, block, 1, blocks)
+        assert into is not None  # one side is gated
+        groups, number, chunk = into.total + 1, len(into.padded), in_granularity * block
+        if out is None:
+            return _of_one(master.view(-1, groups, chunk), 1, in_granularity, 1, number)
+        by_groups = master.view(-1, taps, groups, chunk)
+        blocks = len(out.padded) * (out_granularity // block)
         if blocks * taps * number > _LONGEST_INDEX:
             return _block_by_block(by_groups, blocks, block, in_granularity)
-        starts = (np.arange(taps) * groups)[:, None]
-        return _at_once(
-            by_groups.view(-1, in_granularity * block),
-            _side(out, block, blocks, lambda positions: (positions * (taps * groups))[:, None, None]),
-            _side(into, in_granularity, number, lambda active: starts + active),
-        )
+        starts, per_block = (np.arange(taps) * groups)[:, None], taps * groups
+
+        def positions(into: Kept, out: Kept) -> np.ndarray:
+            within = starts + into.index(in_granularity, number)
+            return (out.index(block, blocks) * per_block)[:, None, None] + within
+
+        return _of_both(by_groups.view(-1, chunk), positions)
 
     def _of_columns(self, layout: Layout, n_out: int, into: Kept | None, out: Kept) -> Fill:
         block, vector = layout
@@ -82,16 +81,18 @@ class Masters:
         ).view(self._taps, -1, (self._weight.shape[0] + out_granularity) // unit, unit * vector)
         columns, blocks, per_block = master.shape[2], -(-n_out // block), block // unit
         length = blocks * per_block
-        rows = master.shape[1] if into is None else into.width // vector
-        fits = length * self._taps * rows <= _LONGEST_INDEX
-        if not fits or (into is None and unit * vector * master.itemsize < _SHORTEST_CHUNK):
-            return _column_by_column(master, unit, blocks, per_block, into)
+        if into is None:
+            return _of_one(master.view(-1, columns, unit * vector), 0, unit, blocks, per_block)
+        rows = into.width // vector
+        if length * self._taps * rows > _LONGEST_INDEX:
+            return _column_by_column(master, in_granularity, unit, blocks, per_block)
         starts = (np.arange(self._taps) * (master.shape[1] * columns))[:, None]
-        return _at_once(
-            master.view(-1, unit * vector),
-            _side(out, unit, length, lambda units: units.reshape(blocks, 1, 1, per_block)),
-            _side(into, vector, rows, lambda active: (starts + active * columns)[:, :, None]),
-        )
+
+        def positions(into: Kept, out: Kept) -> np.ndarray:
+            of_rows = (starts + into.index(vector, rows) * columns)[:, :, None]
+            return out.index(unit, length).reshape(blocks, 1, 1, per_block) + of_rows
+
+        return _of_both(master.view(-1, unit * vector), positions)
 
     @staticmethod
     def _columns(weight: Tensor, vector: int) -> Tensor:
@@ -129,61 +130,78 @@ def _granularity(side: Kept | None) -> int:
     return 0 if side is None else side.granularity
 
 
-def _side(side: Kept | None, unit: int, length: int, position: Callable[[np.ndarray], np.ndarray]) -> _Side:
-    """`position` of the units that a side keeps; of all, if it is not gated."""
-    if side is None:
-        fixed = position(np.arange(length))
-        return lambda _: fixed
-
-    def of_kept(kept: Kept | None) -> np.ndarray:
-        assert kept is not None  # as when this was made
-        return position(kept.index(unit, length))
-
-    return of_kept
-
-
-def _at_once(master: Tensor, outer: _Side, inner: _Side) -> Fill:
-    """From [rows, chunk]. outer, inner: what the output's and the input's side add to the row of each chunk."""
-    chunk, array = master.shape[1], as_array(master)
+def _of_one(master: Tensor, dimension: int, unit: int, blocks: int, per_block: int) -> Fill:
+    """For one gated side, the output's (dimension 0) or the input's: from [rows, units, chunk], for each block of the
+    result so many of the side's units of every row.
+    """
+    array, (rows, units, chunk) = as_array(master), master.shape
+    flat, starts = master.view(-1, chunk), (np.arange(rows) * units)[:, None]
 
     def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
-        index = (outer(out) + inner(into)).ravel()
-        if buffer.memory.nbytes < _PARALLEL_BYTES:
-            array.take(index, 0, buffer.array.reshape(-1, chunk), "clip")
+        side = into if dimension else out
+        assert side is not None  # as when this was made
+        active = side.index(unit, blocks * per_block)
+        if _is_large(buffer, chunk):
+            torch.index_select(
+                flat,
+                0,
+                torch.from_numpy((starts + active.reshape(blocks, 1, per_block)).ravel()),
+                out=buffer.memory.view(-1, chunk),
+            )
+        elif blocks == 1:
+            array.take(active, 1, buffer.array.reshape(rows, per_block, chunk), "clip")
         else:
-            torch.index_select(master, 0, torch.from_numpy(index), out=buffer.memory.view(-1, chunk))
+            views = buffer.array.reshape(blocks, rows, per_block, chunk)
+            for view, some in zip(views, active.reshape(blocks, per_block), strict=True):
+                array.take(some, 1, view, "clip")
 
     return fill
+
+
+def _of_both(master: Tensor, positions: Callable[[Kept, Kept], np.ndarray]) -> Fill:
+    """From [rows, chunk]. positions: the row of each chunk of the result."""
+    array, chunk = as_array(master), master.shape[1]
+
+    def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
+        assert into is not None and out is not None  # as when this was made
+        index = positions(into, out).ravel()
+        if _is_large(buffer, chunk):
+            torch.index_select(master, 0, torch.from_numpy(index), out=buffer.memory.view(-1, chunk))
+        else:
+            array.take(index, 0, buffer.array.reshape(-1, chunk), "clip")
+
+    return fill
+
+
+def _is_large(buffer: Buffer, chunk: int) -> bool:
+    """Whether two threads copy faster than one."""
+    memory = buffer.memory
+    return memory.nbytes >= _PARALLEL_BYTES and chunk * memory.itemsize >= _SHORTEST_CHUNK
 
 
 def _block_by_block(master: Tensor, blocks: int, block: int, granularity: int) -> Fill:
-    """From [C_out / block, taps, groups, chunk]."""
-    arrays = as_array(master)
-    _, taps, _, chunk = arrays.shape
+    """For both sides, from [C_out / block, taps, groups, chunk]."""
+    array = as_array(master)
+    _, taps, _, chunk = array.shape
 
     def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
-        assert into is not None  # only its chunks are so many
+        assert into is not None and out is not None  # as when this was made
         active = into.index(granularity, len(into.padded))
-        positions = np.arange(blocks) if out is None else out.index(block, blocks)
-        for view, position in zip(buffer.array.reshape(blocks, taps, -1, chunk), positions, strict=True):
-            arrays[position].take(active, 1, view, "clip")
+        for view, position in zip(buffer.array.reshape(blocks, taps, -1, chunk), out.index(block, blocks), strict=True):
+            array[position].take(active, 1, view, "clip")
 
     return fill
 
 
-def _column_by_column(master: Tensor, unit: int, blocks: int, per_block: int, into: Kept | None) -> Fill:
-    """From [taps, C_in / vector, columns, chunk]."""
+def _column_by_column(master: Tensor, granularity: int, unit: int, blocks: int, per_block: int) -> Fill:
+    """For both sides, from [taps, C_in / vector, columns, chunk]."""
     array = as_array(master)
     taps, _, columns, chunk = array.shape
-    in_granularity = _granularity(into)
-    whole = array.reshape(-1, columns, chunk)
-    in_groups = None if into is None else array.reshape(taps, into.total + 1, -1)
 
     def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
-        assert out is not None  # columns are its
-        rows = whole
-        if into is not None and in_groups is not None:
-            rows = in_groups.take(into.index(in_granularity, len(into.padded)), 1).reshape(-1, columns, chunk)
+        assert into is not None and out is not None  # as when this was made
+        in_groups = array.reshape(taps, into.total + 1, -1)
+        rows = in_groups.take(into.index(granularity, len(into.padded)), 1).reshape(-1, columns, chunk)
         units = out.index(unit, blocks * per_block).reshape(blocks, per_block)
         for view, some in zip(buffer.array.reshape(blocks, -1, per_block, chunk), units, strict=True):
             rows.take(some, 1, view, "clip")

@@ -12,8 +12,8 @@ from acs_triton.decision import Kept
 from acs_triton.gathering import Masters
 from acs_triton.onednn import Layout
 
-# (_LONGEST_INDEX, _SHORTEST_CHUNK, _PARALLEL_BYTES): one index by numpy or by PyTorch, block by block.
-COPIES = {"numpy": (1 << 30, 0, 1 << 30), "pytorch": (1 << 30, 0, 0), "steps": (0, 1 << 30, 1 << 30)}
+# (_LONGEST_INDEX, _SHORTEST_CHUNK, _PARALLEL_BYTES): by numpy, by PyTorch, both sides in steps.
+COPIES = {"numpy": (1 << 30, 0, 1 << 30), "pytorch": (1 << 30, 0, 0), "steps": (0, 0, 1 << 30)}
 OUT, INTO = Kept([0, 2, 3, 5], 6, 8), Kept([1, 2, 6], 8, 4)
 
 
