@@ -167,7 +167,7 @@ class ConvWeights:
         if not self._room.take(nbytes):
             return None
         self._taken += nbytes
-        geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
+        _, geometry = self._narrowed(self.c_in if into is None else into.width, n_out)
         bias = self.bias if out is None else self.gathered_bias(out)
         return onednn.pack(self.masters.plain(into, out), size, geometry), bias
 
@@ -178,14 +178,24 @@ class ConvWeights:
         self._taken = 0
 
     def _recipe(self, size: Size, n_in: int, n_out: int, into: Kept | None, out: Kept | None) -> Recipe | None:
-        geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
-        shape = (n_out, n_in, int(self.weight.shape[2]), int(self.weight.shape[3]))
+        shape, geometry = self._narrowed(n_in, n_out)
         layout = onednn.layout(shape, self.dtype, size, geometry)
         if layout is None or (into is not None and into.granularity % layout.vector):
             return None
         fill = self.masters.fill(layout, n_out, into, out)
         pool = pool_for((shape, self.dtype, layout, self.depthwise))
         return Recipe(pool, lambda: Buffer.make(shape, self.dtype, size, geometry, layout), fill)
+
+    def block(self, size: Size, n_in: int, n_out: int) -> int:
+        """Output channels of a block of the packed weight between so many channels; 1 where its layout is not known."""
+        shape, geometry = self._narrowed(n_in, n_out)
+        layout = onednn.layout(shape, self.dtype, size, geometry)
+        return 1 if layout is None else layout.block
+
+    def _narrowed(self, n_in: int, n_out: int) -> tuple[tuple[int, int, int, int], Geometry]:
+        """Shape and geometry between so many active channels."""
+        geometry = (*self.geometry[:3], n_out) if self.depthwise else self.geometry
+        return (n_out, n_in, int(self.weight.shape[2]), int(self.weight.shape[3])), geometry
 
     def _forms(self, size: Size) -> _Forms:
         # What oneDNN prefers depends on the number of threads.

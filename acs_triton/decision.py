@@ -96,6 +96,12 @@ class Kept:
         """Those of the padded groups, one by one."""
         return (np.array(self.padded)[:, None] * self.granularity + np.arange(self.granularity)).ravel()
 
+    def bits(self) -> np.ndarray:
+        """Of each channel all bits set if it is active, int32: -1, or 0."""
+        groups = np.zeros(self.total, dtype=np.int32)
+        groups[self.groups] = -1
+        return groups.repeat(self.granularity)
+
 
 class Stretch(NamedTuple):
     """Neighbouring samples with equal masks: the first, how many, and what they keep."""

@@ -24,15 +24,13 @@ _PARALLEL_BYTES, _SHORTEST_CHUNK = 256 << 10, 128
 
 
 class Masters:
-    """Forms of a weight [C_out, C_in / groups, kh, kw] to gather from, each made at its first use.
-
-    "blocks" [C_out / block, kh, kw, groups of C_in, granularity * block]: where blocks are not divided.
-    "columns" [kh, kw, C_in / vector, C_out / unit, unit * vector]: for any granularity.
+    """Forms of a weight [C_out, C_in / groups, kh, kw] to gather from, each made at its first use: its own, and
+    [C_out / unit, kh, kw, C_in / vector, unit, vector], where what belongs to a unit of channels lies together: read in
+    order, it comes from memory several times as fast. A gated side ends with a group of zeros.
     """
 
     def __init__(self, weight: Tensor, depthwise: bool) -> None:
         self._weight, self._depthwise = weight, depthwise
-        self._taps = int(weight.shape[2] * weight.shape[3])
         self._known: dict[tuple[object, ...], Tensor] = {}
 
     def clear(self) -> None:
@@ -40,73 +38,31 @@ class Masters:
 
     def fill(self, layout: Layout, n_out: int, into: Kept | None, out: Kept | None) -> Fill:
         """For masks with as many active channels as these, one side gated at least."""
-        if not self._depthwise and (out is None or out.granularity % layout.block == 0):
-            return self._of_blocks(layout, into, out)
-        assert out is not None  # one of both is gated
-        return self._of_columns(layout, n_out, into, out)
-
-    def _of_blocks(self, layout: Layout, into: Kept | None, out: Kept | None) -> Fill:
-        block, taps = layout.block, self._taps
+        unit = layout.block if out is None else self._unit(layout.block, n_out, out.granularity)
         in_granularity, out_granularity = _granularity(into), _granularity(out)
+        packed = Layout(unit, layout.vector)
         master = self._master(
-            ("blocks", layout, in_granularity, out_granularity),
-            lambda: onednn.blocked(self._padded(in_granularity, out_granularity), layout),
+            (packed, in_granularity, out_granularity),
+            lambda: onednn.blocked(self._padded(in_granularity, out_granularity), packed),
         )
-        if out is not None and into is None:
-            blocks = len(out.padded) * (out_granularity // block)
-            return _of_one(master.view(1, master.shape[0], -1), 0, block, 1, blocks)
-        assert into is not None  # one side is gated
-        groups, number, chunk = into.total + 1, len(into.padded), in_granularity * block
         if out is None:
-            return _of_one(master.view(-1, groups, chunk), 1, in_granularity, 1, number)
-        by_groups = master.view(-1, taps, groups, chunk)
-        blocks = len(out.padded) * (out_granularity // block)
-        if blocks * taps * number > _LONGEST_INDEX:
-            return _block_by_block(by_groups, blocks, block, in_granularity)
-        starts, per_block = (np.arange(taps) * groups)[:, None], taps * groups
+            assert into is not None  # one side is gated
+            return _rows(master, into, layout.block)
+        # [units, kernel positions, rows, chunk]
+        form = master.view(master.shape[0], -1, master.shape[3], unit * layout.vector)
+        return _units(form, layout, -(-n_out // layout.block), unit, into)
 
-        def positions(into: Kept, out: Kept) -> np.ndarray:
-            within = starts + into.index(in_granularity, number)
-            return (out.index(block, blocks) * per_block)[:, None, None] + within
-
-        return _of_both(by_groups.view(-1, chunk), positions)
-
-    def _of_columns(self, layout: Layout, n_out: int, into: Kept | None, out: Kept) -> Fill:
-        block, vector = layout
-        in_granularity, out_granularity = _granularity(into), out.granularity
-        unit = math.gcd(out_granularity, 16 if self._depthwise else block)
-        master = self._master(
-            ("columns", vector, in_granularity, out_granularity),
-            lambda: self._columns(self._padded(in_granularity, out_granularity), vector),
-        ).view(self._taps, -1, (self._weight.shape[0] + out_granularity) // unit, unit * vector)
-        columns, blocks, per_block = master.shape[2], -(-n_out // block), block // unit
-        length = blocks * per_block
-        if into is None:
-            return _of_one(master.view(-1, columns, unit * vector), 0, unit, blocks, per_block)
-        rows = into.width // vector
-        if length * self._taps * rows > _LONGEST_INDEX:
-            return _column_by_column(master, in_granularity, unit, blocks, per_block)
-        starts = (np.arange(self._taps) * (master.shape[1] * columns))[:, None]
-
-        def positions(into: Kept, out: Kept) -> np.ndarray:
-            of_rows = (starts + into.index(vector, rows) * columns)[:, :, None]
-            return out.index(unit, length).reshape(blocks, 1, 1, per_block) + of_rows
-
-        return _of_both(master.view(-1, unit * vector), positions)
-
-    @staticmethod
-    def _columns(weight: Tensor, vector: int) -> Tensor:
-        """[taps, ceil(C_in / vector), C_out, vector]"""
-        c_out, c_in, height, width = weight.shape
-        columns = -(-c_in // vector)
-        padded = F.pad(weight, (0, 0, 0, 0, 0, columns * vector - c_in))
-        return padded.view(c_out, columns, vector, height, width).permute(3, 4, 1, 0, 2).contiguous()
+    def _unit(self, block: int, n_out: int, granularity: int) -> int:
+        if not self._depthwise:
+            return math.gcd(granularity, block)
+        # One block for all channels, with some at its end that are none.
+        return granularity if n_out == block else math.gcd(granularity, 16)
 
     def plain(self, into: Kept | None, out: Kept | None) -> Tensor:
         """The weight between the active channels, in its own layout."""
         in_granularity, out_granularity = _granularity(into), _granularity(out)
         weight = self._master(
-            ("plain", in_granularity, out_granularity), lambda: self._padded(in_granularity, out_granularity)
+            (None, in_granularity, out_granularity), lambda: self._padded(in_granularity, out_granularity)
         )
         for dimension, side in enumerate((out, into)):
             if side is not None:
@@ -114,11 +70,9 @@ class Masters:
         return weight
 
     def _padded(self, in_granularity: int, out_granularity: int) -> Tensor:
-        """The weight with a group of zeros at the end of each gated side."""
         return F.pad(self._weight, (0, 0, 0, 0, 0, in_granularity, 0, out_granularity))
 
     def _master(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
-        """A form of the weight to gather from, made once."""
         known = self._known.get(key)
         if known is None:
             with torch.inference_mode(False):
@@ -130,80 +84,80 @@ def _granularity(side: Kept | None) -> int:
     return 0 if side is None else side.granularity
 
 
-def _of_one(master: Tensor, dimension: int, unit: int, blocks: int, per_block: int) -> Fill:
-    """For one gated side, the output's (dimension 0) or the input's: from [rows, units, chunk], for each block of the
-    result so many of the side's units of every row.
+def _rows(master: Tensor, into: Kept, block: int) -> Fill:
+    """All of the output's channels between the active ones of the input's."""
+    granularity, groups, kept = into.granularity, into.total + 1, len(into.padded)
+    form = master.view(-1, groups, granularity * block)
+    array, flat = as_array(form), form.view(-1, granularity * block)
+    starts = (np.arange(form.shape[0]) * groups)[:, None]
+
+    def fill(buffer: Buffer, into: Kept | None, _: Kept | None) -> None:
+        assert into is not None  # as when this was made
+        active = into.index(granularity, kept)
+        if _is_large(buffer, flat):
+            _copy(flat, (starts + active).ravel(), buffer)
+        else:
+            array.take(active, 1, buffer.array.reshape(-1, kept, flat.shape[1]), "clip")
+
+    return fill
+
+
+def _units(form: Tensor, layout: Layout, blocks: int, unit: int, into: Kept | None) -> Fill:
+    """Active channels of the output's between all or the active ones of the input's, from
+    [units of the output's, kernel positions, rows of the input's, chunk].
     """
-    array, (rows, units, chunk) = as_array(master), master.shape
-    flat, starts = master.view(-1, chunk), (np.arange(rows) * units)[:, None]
+    _, taps, rows, _ = form.shape
+    per_block = layout.block // unit
+    length = blocks * per_block
+    if into is None:
+        # Where blocks are not divided, all that belongs to one is one chunk.
+        starts, step, kept = np.arange(taps * rows if per_block > 1 else 1), 0, 0
+        each = number = starts.size
+    else:
+        # Likewise what belongs to a block and a group of the input's.
+        step = into.granularity if per_block == 1 else layout.vector
+        of_tap, kept = rows * layout.vector // step, into.width // step
+        starts, each, number = (np.arange(taps) * of_tap)[:, None], taps * of_tap, taps * kept
+    if length * number > _LONGEST_INDEX:
+        return _in_steps(form, layout.vector, blocks, per_block, unit)
+    flat, unmoved = form.view(form.shape[0] * each, -1), starts.reshape(-1, 1)
 
     def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
-        side = into if dimension else out
-        assert side is not None  # as when this was made
-        active = side.index(unit, blocks * per_block)
-        if _is_large(buffer, chunk):
-            torch.index_select(
-                flat,
-                0,
-                torch.from_numpy((starts + active.reshape(blocks, 1, per_block)).ravel()),
-                out=buffer.memory.view(-1, chunk),
-            )
-        elif blocks == 1:
-            array.take(active, 1, buffer.array.reshape(rows, per_block, chunk), "clip")
-        else:
-            views = buffer.array.reshape(blocks, rows, per_block, chunk)
-            for view, some in zip(views, active.reshape(blocks, per_block), strict=True):
-                array.take(some, 1, view, "clip")
+        assert out is not None  # as when this was made
+        positions = out.index(unit, length)
+        if each > 1:
+            within = unmoved if into is None else (starts + into.index(step, kept)).reshape(-1, 1)
+            positions = (positions.reshape(blocks, 1, per_block) * each + within).ravel()
+        _copy(flat, positions, buffer)
 
     return fill
 
 
-def _of_both(master: Tensor, positions: Callable[[Kept, Kept], np.ndarray]) -> Fill:
-    """From [rows, chunk]. positions: the row of each chunk of the result."""
-    array, chunk = as_array(master), master.shape[1]
+def _in_steps(form: Tensor, vector: int, blocks: int, per_block: int, unit: int) -> Fill:
+    """As `_units`, side by side: where chunks are so many that one index of them all would take longer."""
+    array = as_array(form)
 
     def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
-        assert into is not None and out is not None  # as when this was made
-        index = positions(into, out).ravel()
-        if _is_large(buffer, chunk):
-            torch.index_select(master, 0, torch.from_numpy(index), out=buffer.memory.view(-1, chunk))
-        else:
-            array.take(index, 0, buffer.array.reshape(-1, chunk), "clip")
+        assert out is not None  # as when this was made
+        found = array.take(out.index(unit, blocks * per_block), 0)
+        if into is not None:
+            found = found.take(into.index(vector, into.width // vector), 2)
+        _, taps, rows, chunk = found.shape
+        by_block = found.reshape(blocks, per_block, taps, rows, chunk).transpose(0, 2, 3, 1, 4)
+        buffer.array.reshape(by_block.shape)[...] = by_block
 
     return fill
 
 
-def _is_large(buffer: Buffer, chunk: int) -> bool:
+def _copy(flat: Tensor, positions: np.ndarray, buffer: Buffer) -> None:
+    """The rows of [rows, chunk] at these positions, one after another."""
+    if _is_large(buffer, flat):
+        torch.index_select(flat, 0, torch.from_numpy(positions), out=buffer.memory.view(-1, flat.shape[1]))
+    else:
+        as_array(flat).take(positions, 0, buffer.array.reshape(-1, flat.shape[1]), "clip")
+
+
+def _is_large(buffer: Buffer, flat: Tensor) -> bool:
     """Whether two threads copy faster than one."""
     memory = buffer.memory
-    return memory.nbytes >= _PARALLEL_BYTES and chunk * memory.itemsize >= _SHORTEST_CHUNK
-
-
-def _block_by_block(master: Tensor, blocks: int, block: int, granularity: int) -> Fill:
-    """For both sides, from [C_out / block, taps, groups, chunk]."""
-    array = as_array(master)
-    _, taps, _, chunk = array.shape
-
-    def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
-        assert into is not None and out is not None  # as when this was made
-        active = into.index(granularity, len(into.padded))
-        for view, position in zip(buffer.array.reshape(blocks, taps, -1, chunk), out.index(block, blocks), strict=True):
-            array[position].take(active, 1, view, "clip")
-
-    return fill
-
-
-def _column_by_column(master: Tensor, granularity: int, unit: int, blocks: int, per_block: int) -> Fill:
-    """For both sides, from [taps, C_in / vector, columns, chunk]."""
-    array = as_array(master)
-    taps, _, columns, chunk = array.shape
-
-    def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
-        assert into is not None and out is not None  # as when this was made
-        in_groups = array.reshape(taps, into.total + 1, -1)
-        rows = in_groups.take(into.index(granularity, len(into.padded)), 1).reshape(-1, columns, chunk)
-        units = out.index(unit, blocks * per_block).reshape(blocks, per_block)
-        for view, some in zip(buffer.array.reshape(blocks, -1, per_block, chunk), units, strict=True):
-            rows.take(some, 1, view, "clip")
-
-    return fill
+    return memory.nbytes >= _PARALLEL_BYTES and flat.shape[1] * memory.itemsize >= _SHORTEST_CHUNK

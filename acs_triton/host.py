@@ -16,7 +16,7 @@ from .buffers import Lent
 from .conv_weights import ConvWeights
 from .decision import Active, Kept
 from .parts import Part, Parts, Runs, active_of, as_compact, joined, split, whole_of
-from .plans import Plan, as_a_whole, plan
+from .plans import Plan, as_a_whole, plan, stays_whole
 
 _SMALL_MAP = 14 * 14
 
@@ -105,7 +105,7 @@ def consume(
     """activation(conv2d(x) + bias + residual), dense. overwrite: nobody reads the residual later."""
     stretches = x.active.stretches
     overwrite = overwrite and onednn.accumulates(activation)
-    if x.whole is not None and (weights.finite or x.active.is_full):
+    if x.whole is not None and stays_whole(weights, x.whole, x.active):
         return _dense_into(x.masked, weights, residual, activation, overwrite)
     if len(stretches) == 1:
         return _consumed(x.parts[0], weights, stretches[0].kept, residual, activation, overwrite)
@@ -245,8 +245,8 @@ def pooled(x: Tensor) -> Tensor:
     height, width = x.shape[2:]
     if x.numel() == 0 or max(height, width) > _SMALL_MAP:
         return F.adaptive_avg_pool2d(x, 1)
-    # Between convolutions this takes half of the time of a reduction. It adds up one pixel after another, so larger maps
-    # are averaged row by row, to be as exact.
+    # Between convolutions this takes half of the time of a reduction. It adds up one pixel after another, so larger
+    # maps are averaged row by row, to be as exact.
     if height * width > _SMALL_MAP:
         x, width = F.avg_pool2d(x, (1, width)), 1
     return F.avg_pool2d(x, (height, width))

@@ -5,6 +5,7 @@ A decision that comes again finds its plan, so between two calls of oneDNN there
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from .buffers import Size
 from .conv_weights import Call, ConvWeights, Recipe
 from .decision import Active, Kept
 
+# Output channels of a block of most packed weights; of others a power of two divides as much.
+_BLOCK = 64
 # For each weight. A layer with eight groups has 256 decisions.
 _REMEMBERED = 1024
 
@@ -134,7 +137,23 @@ def as_a_whole(weights: ConvWeights, size: Size, into: Active | None, out: Activ
         work = _work(weights, (number, *size[1:]), of_in, of_out)
         modelled += ways.fastest(work).microseconds
     n_in = weights.c_in if into is None or into.is_full else 0
-    return ways.modelled_dense(_described(weights, size, n_in, 0, None)) <= modelled
+    return ways.modelled_dense(_described(weights, size, n_in, 0, 0, None)) <= modelled
+
+
+def stays_whole(weights: ConvWeights, x: Tensor, into: Active) -> bool:
+    """Whether x, dense but not masked yet, is better masked and convolved as a whole than made compact."""
+    if into.is_full:
+        return True
+    way = ways.forced() or weights.tuned.way
+    if not weights.finite or way not in (None, "dense"):
+        # Zero times a weight that is not finite would show.
+        return False
+    if way is not None:
+        return True
+    if len(into.stretches) > 1:
+        return True
+    kept, size = into.stretches[0].kept, _size(x.shape)
+    return not kept.groups or ways.stays_whole(_work(weights, size, kept, None))
 
 
 def _common(into: Active | None, out: Active) -> Iterator[tuple[int, Kept | None, Kept]]:
@@ -156,12 +175,23 @@ def _work(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None)
     # Accumulated in another dtype, each run would round.
     one_sided = into is None or (out is None and weights.dtype == torch.float32)
     runs = side.run_widths if one_sided and side is not None else None
-    return _described(weights, size, n_in, n_out, runs)
+    pieces = 0 if out is None else _pieces(weights, size, n_in, n_out, out.granularity)
+    return _described(weights, size, n_in, n_out, pieces, runs)
 
 
-def _described(weights: ConvWeights, size: Size, n_in: int, n_out: int, runs: tuple[int, ...] | None) -> ways.Work:
+def _pieces(weights: ConvWeights, size: Size, n_in: int, n_out: int, granularity: int) -> int:
+    """How many a weight gated at its output is copied together from: it lies in blocks of output channels, and of those
+    that a group divides every row is copied by itself.
+    """
+    block = weights.block(size, n_in, n_out) if _BLOCK % granularity and granularity % _BLOCK else _BLOCK
+    return 0 if granularity % block == 0 else weights.taps * n_in * n_out // math.gcd(granularity, block)
+
+
+def _described(
+    weights: ConvWeights, size: Size, n_in: int, n_out: int, pieces: int, runs: tuple[int, ...] | None
+) -> ways.Work:
     samples, height, width = size
     rows, columns = weights.result_size(height, width)
     pixels, results = samples * height * width, samples * rows * columns
     itemsize = weights.weight.itemsize
-    return ways.Work(weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, runs)
+    return ways.Work(weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, pieces, runs)

@@ -23,21 +23,24 @@ WAYS = ("gather", "groups", "dense")
 _MACS_PER_US = 100e3
 # Measured: one call of a oneDNN convolution on a single pixel.
 _CALL_US = 30.0
-# Measured: weights of 0.15 to 5 MB copied group by group, 7 to 14 GB/s.
-_GATHERED_BYTES_PER_US = 8e3
+# Measured in networks: weights of 0.1 to 1.2 MB copied in long pieces, 8 to 14 GB/s, and in short ones.
+_GATHERED_BYTES_PER_US, _PIECES_PER_US = 10e3, 40.0
 # Measured: what each further run that accumulates costs beyond its MACs, its result read and written.
 _ACCUMULATED_BYTES_PER_US = 12e3
-# Measured: `where` on features of 0.1 to 1 MB.
-_MASKED_BYTES_PER_US = 10e3
+# Measured on features of 0.1 to 1.8 MB: zeros written into skipped channels, active ones copied into a dense tensor,
+# and out of one; what it takes beyond the bytes of the dense tensor.
+_MASKED_BYTES_PER_US, _SPREAD_BYTES_PER_US, _COMPACTED_BYTES_PER_US = 60e3, 10e3, 25e3
+_FEATURES_US = 20.0
 # A run that fills no block of registers is computed as wide as one.
 _NARROWEST = 16
-# What a gathered weight costs beyond its bytes: its lists, a few calls of index_select, a bias.
+# Measured in networks: what a gathered weight costs beyond that: its lists, a buffer, a bias.
 _COPY_US = 15.0
 
 
 class Work(NamedTuple):
     """One call of a gated convolution: full and active channels, kernel positions, pixels and bytes of a number.
 
+    pieces: how many a gathered weight is copied together from.
     runs: (channels of each run) of the side that is gated, or None where both are or groups are too narrow.
     """
 
@@ -49,6 +52,7 @@ class Work(NamedTuple):
     pixels_in: int
     pixels_out: int
     itemsize: int
+    pieces: int
     runs: tuple[int, ...] | None
 
 
@@ -77,14 +81,27 @@ def _kept(work: Work) -> float:
 
 def _gather(work: Work) -> float:
     copied = work.taps * work.kept_in * work.kept_out * work.itemsize
-    if work.kept_in < work.c_in and work.kept_out < work.c_out:
-        copied *= 2
-    return _kept(work) + _COPY_US + copied / _GATHERED_BYTES_PER_US
+    return _kept(work) + _COPY_US + copied / _GATHERED_BYTES_PER_US + work.pieces / _PIECES_PER_US
 
 
 def _dense(work: Work) -> float:
-    masked = work.pixels_in * work.c_in * work.itemsize if work.kept_in < work.c_in else 0
-    return _conv(work, work.c_in, work.c_out) + masked / _MASKED_BYTES_PER_US
+    spread = work.pixels_in * work.c_in * work.itemsize / _SPREAD_BYTES_PER_US + _FEATURES_US
+    convolved = _conv(work, work.c_in, work.c_out)
+    return (
+        convolved + (spread if work.kept_in < work.c_in else 0) + (_masked(work) if work.kept_out < work.c_out else 0)
+    )
+
+
+def _masked(work: Work) -> float:
+    return _FEATURES_US + work.pixels_out * work.c_out * work.itemsize / _MASKED_BYTES_PER_US
+
+
+@lru_cache(maxsize=4096)
+def stays_whole(work: Work) -> bool:
+    """Whether an input that is dense, not masked yet, is better masked and convolved as a whole than made compact."""
+    nbytes = work.pixels_in * work.c_in * work.itemsize
+    whole = _conv(work, work.c_in, work.c_out) + nbytes / _MASKED_BYTES_PER_US
+    return whole <= fastest(work).microseconds + nbytes / _COMPACTED_BYTES_PER_US
 
 
 def _groups(work: Work) -> float:
