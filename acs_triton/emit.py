@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import sparse
+from . import sparse, ways
 from .channelwise import is_global_pool, is_plain_linear
 from .emit_base import geometry_of
 from .emit_dynamic import DynamicGroupWriter
@@ -125,6 +125,7 @@ class Emitter(DynamicGroupWriter):
         x, end = self._value(conv_node.args[0]), (geometry_of(folded), fused.activation)
         weight = self._packed(storage(folded.weight, in_active is not None, out_active is not None))
         self.convs[str(conv_node.target)] = len(self.tensors) - 1
+        ways.tuned(self.tensors[-1]).depthwise = self._depthwise_behind(name)
         bias = self._packed_or_none(folded.bias)
         options: dict[str, Any] = {}
         if name is not None and name in self._in_groups:
@@ -132,6 +133,11 @@ class Emitter(DynamicGroupWriter):
         if in_active is not None and residual is not None and self._is_last_read(fused):
             options["overwrite"] = True
         return self.graph.call_function(sparse.conv, (x, weight, bias, in_active, out_active, residual, *end), options)
+
+    def _depthwise_behind(self, name: str | None) -> int:
+        """How many depthwise convolutions run inside the span that starts with a convolution."""
+        inside = [node for node, span in self._span_of_body.items() if span == name]
+        return sum(isinstance(self._fusion.module(node), nn.Conv2d) for node in inside)
 
     def _is_last_read(self, fused: Fused) -> bool:
         """Whether a residual is a convolution's own result whose other readers, convolutions and gates, ran before."""

@@ -193,5 +193,7 @@ def _described(
     samples, height, width = size
     rows, columns = weights.result_size(height, width)
     pixels, results = samples * height * width, samples * rows * columns
-    itemsize = weights.weight.itemsize
-    return ways.Work(weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, pieces, runs)
+    itemsize, depthwise = weights.weight.itemsize, weights.tuned.depthwise
+    return ways.Work(
+        weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, pieces, depthwise, runs
+    )

@@ -35,12 +35,15 @@ _FEATURES_US = 20.0
 _NARROWEST = 16
 # Measured in networks: what a gathered weight costs beyond that: its lists, a buffer, a bias.
 _COPY_US = 35.0
+# Measured in networks: what a depthwise convolution of active channels takes longer than one of all on 14x14 pixels.
+_DEPTHWISE_US = 30.0
 
 
 class Work(NamedTuple):
     """One call of a gated convolution: full and active channels, kernel positions, pixels and bytes of a number.
 
-    pieces: how many a gathered weight is copied together from.
+    pieces: how many a gathered weight is copied together from. depthwise: convolutions of the result's channels that
+    must gather theirs unless it is dense.
     runs: (channels of each run) of the side that is gated, or None where both are or groups are too narrow.
     """
 
@@ -53,6 +56,7 @@ class Work(NamedTuple):
     pixels_out: int
     itemsize: int
     pieces: int
+    depthwise: int
     runs: tuple[int, ...] | None
 
 
@@ -81,7 +85,8 @@ def _kept(work: Work) -> float:
 
 def _gather(work: Work) -> float:
     copied = work.taps * work.kept_in * work.kept_out * work.itemsize
-    return _kept(work) + _COPY_US + copied / _GATHERED_BYTES_PER_US + work.pieces / _PIECES_PER_US
+    gathered = _COPY_US + copied / _GATHERED_BYTES_PER_US + work.pieces / _PIECES_PER_US
+    return _kept(work) + gathered + work.depthwise * _DEPTHWISE_US
 
 
 def _dense(work: Work) -> float:
@@ -107,7 +112,7 @@ def stays_whole(work: Work) -> bool:
 def _groups(work: Work) -> float:
     widths = [max(run, _NARROWEST) for run in work.runs or ()]
     if work.kept_out < work.c_out:
-        return sum(_conv(work, work.c_in, width) for width in widths)
+        return sum(_conv(work, work.c_in, width) for width in widths) + work.depthwise * _DEPTHWISE_US
     again = 2 * work.pixels_out * work.c_out * work.itemsize / _ACCUMULATED_BYTES_PER_US
     return sum(_conv(work, width, work.c_out) for width in widths) + (len(widths) - 1) * again
 
@@ -123,9 +128,13 @@ _measured: ContextVar[dict[int, float] | None] = ContextVar("_measured", default
 
 @dataclass
 class Tuned:
-    """The way in which the convolution of a lowered weight was measured to be fastest; None: as modelled."""
+    """The way in which the convolution of a lowered weight was measured to be fastest; None: as modelled.
+
+    depthwise: convolutions of its active channels before they are read.
+    """
 
     way: str | None = None
+    depthwise: int = 0
 
 
 def tuned(weight: Tensor) -> Tuned:
