@@ -71,7 +71,7 @@ def test_equal_masks_are_one_object() -> None:
 
 def test_what_comes_again_is_kept() -> None:
     weight, weights, room = convolution()
-    x, side = image(), kept([0, 3, 6])
+    x, side = image(size=28), kept([0, 3, 6])
     first = plan(weights, x, None, side)
     assert (first.way, first.calls, room.taken) == ("gather", [], 0)
     second = plan(weights, x, None, side)
