@@ -24,7 +24,8 @@ _ROOM_BYTES, _LARGEST = 256 << 20, 1280 << 10
 
 
 class Buffer:
-    """A packed weight [n_out, n_in, kh, kw] whose memory is written again at each use, and a bias [n_out] likewise.
+    """A packed weight [n_out, n_in, kh, kw] whose memory, padding included, is written again at each use, and a bias
+    [n_out] likewise.
 
     array, bias_array: the same memory for numpy.
     """
@@ -52,9 +53,7 @@ class Buffer:
             memory = onednn.memory(packed, dtype)
             if not torch.equal(onednn.blocked(numbers, layout).flatten(), memory):
                 return None
-            # Zeros: where a layout is padded, nothing is written later.
-            memory.zero_()
-            return cls(packed, memory, torch.zeros(shape[0], dtype=dtype))
+            return cls(packed, memory, torch.empty(shape[0], dtype=dtype))
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

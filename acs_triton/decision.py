@@ -62,7 +62,7 @@ class Kept:
 
     groups: the active ones, ascending. padded: the same, then `total`, a group of zeros, until their number is one that
     is run; at least one group. width: channels of compact tensors. runs: (first, number) of aligned runs of groups that
-    a convolution can be run in, if it can. form: all that the cost of a convolution depends on.
+    a convolution can be run in, if it can, and their channels. form: what its cost depends on besides those.
     """
 
     __slots__ = (
@@ -73,7 +73,7 @@ class Kept:
         self.groups, self.total, self.granularity = groups, total, granularity
         self.is_full = len(groups) == total
         step = -(-total // WIDTHS)
-        wanted = max(step, -(-len(groups) // step) * step)
+        wanted = min(total, max(step, -(-len(groups) // step) * step))
         self.padded = groups if wanted == len(groups) else groups + [total] * (wanted - len(groups))
         self.width = wanted * granularity
         self.runs: list[tuple[int, int]] = []
@@ -81,7 +81,7 @@ class Kept:
         if groups and self.padded is groups and granularity >= _SMALLEST_RUN:
             self.runs = aligned_runs(groups, LONGEST_RUN)
             self.run_widths = tuple([number * granularity for _, number in self.runs])
-        self.form = (self.width, granularity, self.is_full, bool(groups), self.run_widths)
+        self.form = (self.width, granularity, self.is_full, bool(groups))
         self._share(_Lists([self.padded], total, granularity), 0)
 
     def _share(self, lists: _Lists, row: int) -> None:

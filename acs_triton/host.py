@@ -18,6 +18,7 @@ from .decision import Active, Kept
 from .parts import Part, Parts, Runs, active_of, as_compact, joined, split, whole_of
 from .plans import Plan, as_a_whole, plan, stays_whole
 
+# Numbers that are added up one after another with as small an error as by a reduction.
 _SMALL_MAP = 14 * 14
 
 

@@ -29,10 +29,11 @@ class Parts:
     the skipped ones not masked yet.
     """
 
-    __slots__ = ("_parts", "active", "piece", "whole")
+    __slots__ = ("_is_masked", "_parts", "active", "piece", "whole")
 
     def __init__(self, active: Active, parts: list[Part] | None, whole: Tensor | None = None) -> None:
         self.active, self._parts, self.whole = active, parts, whole
+        self._is_masked = active.is_full
         if whole is None:
             assert parts is not None  # one of them is there
             first = parts[0]
@@ -56,6 +57,9 @@ class Parts:
             stretches = self.active.stretches
             wholes = [whole_of(part, stretch.kept) for part, stretch in zip(self.parts, stretches, strict=True)]
             return wholes[0] if len(wholes) == 1 else torch.cat(wholes)
+        if self._is_masked:
+            return self.whole
+        self._is_masked = True
         self.whole = self.whole.contiguous(memory_format=torch.channels_last)
         # In place: it is no one else's, and all its readers take skipped channels for zeros. By bits, which is as fast
         # as a product and makes zeros of NaN.

@@ -17,7 +17,7 @@ from .buffers import Size
 from .conv_weights import Call, ConvWeights, Recipe
 from .decision import Active, Kept
 
-# Output channels of a block of most packed weights; of others a power of two divides as much.
+# Output channels of a block of most packed weights; asked for only where groups surely divide blocks.
 _BLOCK = 64
 # For each weight. A layer with eight groups has 256 decisions.
 _REMEMBERED = 1024
@@ -78,8 +78,11 @@ def _prepared(
     weights: ConvWeights, shape: torch.Size, into: Kept | None, out: Kept | None, in_runs: bool, threads: int
 ) -> Plan:
     """What does not depend on which channels are active, only on their number, is prepared once."""
-    forms = None if into is None else into.form, None if out is None else out.form
-    key = (shape, *forms, in_runs, weights.tuned.way, ways.forced(), threads)
+    side = out if into is None else into
+    of_in, of_out = None if into is None else into.form, None if out is None else out.form
+    # Runs are for one gated side.
+    runs = side.run_widths if side is not None and (into is None or out is None) else None
+    key = (shape, of_in, of_out, runs, in_runs, weights.tuned.way, ways.forced(), threads)
     chosen: Plan | None = weights.choices.get(key)
     if chosen is None:
         if len(weights.choices) >= _REMEMBERED:
@@ -87,7 +90,6 @@ def _prepared(
         chosen = weights.choices[key] = _chosen(weights, _size(shape), into, out, in_runs)
     if chosen.way != "groups":
         return chosen
-    side = out if into is None else into
     assert side is not None  # one side is gated
     dimension, granularity = 0 if into is None else 1, side.granularity
     slices = [(first * granularity, number * granularity) for first, number in side.runs]
@@ -144,16 +146,14 @@ def stays_whole(weights: ConvWeights, x: Tensor, into: Active) -> bool:
     """Whether x, dense but not masked yet, is better masked and convolved as a whole than made compact."""
     if into.is_full:
         return True
-    way = ways.forced() or weights.tuned.way
-    if not weights.finite or way not in (None, "dense"):
+    if not weights.finite:
         # Zero times a weight that is not finite would show.
         return False
+    way = ways.forced() or weights.tuned.way
     if way is not None:
-        return True
-    if len(into.stretches) > 1:
-        return True
-    kept, size = into.stretches[0].kept, _size(x.shape)
-    return not kept.groups or ways.stays_whole(_work(weights, size, kept, None))
+        return way == "dense"
+    stretches = into.stretches
+    return len(stretches) > 1 or ways.stays_whole(_work(weights, _size(x.shape), stretches[0].kept, None))
 
 
 def _common(into: Active | None, out: Active) -> Iterator[tuple[int, Kept | None, Kept]]:
@@ -183,7 +183,10 @@ def _pieces(weights: ConvWeights, size: Size, n_in: int, n_out: int, granularity
     """How many a weight gated at its output is copied together from: it lies in blocks of output channels, and of those
     that a group divides every row is copied by itself.
     """
-    block = weights.block(size, n_in, n_out) if _BLOCK % granularity and granularity % _BLOCK else _BLOCK
+    block = _BLOCK
+    if _BLOCK % granularity and granularity % _BLOCK:
+        # As for one sample: to know it, a weight is packed.
+        block = weights.block((1, *size[1:]), n_in, n_out)
     return 0 if granularity % block == 0 else weights.taps * n_in * n_out // math.gcd(granularity, block)
 
 

@@ -83,10 +83,15 @@ def _kept(work: Work) -> float:
     return _conv(work, work.kept_in, work.kept_out)
 
 
+def _behind(work: Work) -> float:
+    """What depthwise convolutions cost more where they do not get all channels."""
+    return work.depthwise * _DEPTHWISE_US if work.kept_out < work.c_out else 0.0
+
+
 def _gather(work: Work) -> float:
     copied = work.taps * work.kept_in * work.kept_out * work.itemsize
     gathered = _COPY_US + copied / _GATHERED_BYTES_PER_US + work.pieces / _PIECES_PER_US
-    return _kept(work) + gathered + work.depthwise * _DEPTHWISE_US
+    return _kept(work) + gathered + _behind(work)
 
 
 def _dense(work: Work) -> float:
@@ -112,7 +117,7 @@ def stays_whole(work: Work) -> bool:
 def _groups(work: Work) -> float:
     widths = [max(run, _NARROWEST) for run in work.runs or ()]
     if work.kept_out < work.c_out:
-        return sum(_conv(work, work.c_in, width) for width in widths) + work.depthwise * _DEPTHWISE_US
+        return sum(_conv(work, work.c_in, width) for width in widths) + _behind(work)
     again = 2 * work.pixels_out * work.c_out * work.itemsize / _ACCUMULATED_BYTES_PER_US
     return sum(_conv(work, width, work.c_out) for width in widths) + (len(widths) - 1) * again
 
@@ -161,7 +166,9 @@ def measured() -> dict[int, float] | None:
 
 @contextmanager
 def fresh_masks() -> Iterator[None]:
-    """Inside the block every mask is taken for one that never came before: nothing is prepared or kept for it."""
+    """Inside the block every mask is taken for one that never came before: nothing is kept for it or found again. The
+    lists of all masks of few groups are made ahead, for those that come as for those that never do.
+    """
     token = _fresh.set(True)
     try:
         yield

@@ -30,11 +30,10 @@ def active_part(weight: Tensor, into: Kept | None, out: Kept | None) -> Tensor:
 
 def filled(weight: Tensor, layout: Layout, into: Kept | None, out: Kept | None, depthwise: bool = False) -> Tensor:
     expected = active_part(weight, into, out)
-    memory = torch.zeros_like(onednn.blocked(expected, layout).flatten())
+    # Buffers are written again at each use, whatever was left there, padding included.
+    memory = torch.full_like(onednn.blocked(expected, layout).flatten(), float("nan"))
     fill = Masters(weight, depthwise).fill(layout, expected.shape[0], into, out)
-    # Twice: buffers are written again at each use.
-    for _ in range(2):
-        fill(Buffer(memory, memory, torch.zeros(1)), into, out)
+    fill(Buffer(memory, memory, torch.zeros(1)), into, out)
     return memory
 
 
@@ -59,10 +58,22 @@ def test_every_layout_is_written(kernel: int, block: int, sides: str, dtype: tor
 
 
 @pytest.mark.usefixtures("copies")
-def test_a_depthwise_layout_is_written() -> None:
-    weight = torch.randn(48, 1, 3, 3)
-    expected = onednn.blocked(active_part(weight, None, OUT), Layout(32, 1)).flatten()
-    assert torch.equal(filled(weight, Layout(32, 1), None, OUT, depthwise=True), expected)
+@pytest.mark.parametrize(
+    ("out", "block"), [(OUT, 32), (Kept([0, 2, 3, 4, 5], 6, 8), 48), (Kept([1, 2, 4, 5], 6, 12), 48)]
+)
+def test_a_depthwise_layout_is_written(out: Kept, block: int) -> None:
+    weight = torch.randn(out.total * out.granularity, 1, 3, 3)
+    expected = onednn.blocked(active_part(weight, None, out), Layout(block, 1)).flatten()
+    assert torch.equal(filled(weight, Layout(block, 1), None, out, depthwise=True), expected)
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("into", [Kept([], 8, 4), Kept(list(range(0, 32, 3)), 32, 1)])
+@pytest.mark.parametrize("out", [None, Kept([], 6, 8), Kept(list(range(0, 48, 5)), 48, 1)])
+def test_nothing_active_and_padded_inputs(into: Kept, out: Kept | None) -> None:
+    weight = torch.randn(48, 32, 3, 3)
+    expected = onednn.blocked(active_part(weight, into, out), Layout(16, 1)).flatten()
+    assert torch.equal(filled(weight, Layout(16, 1), into, out), expected)
 
 
 @pytest.mark.usefixtures("copies")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from acs_triton import host, onednn, ways
+from acs_triton import convert_model, host, onednn, ways
 from acs_triton.conv_weights import ConvWeights
 from acs_triton.decision import Active, decided
 from acs_triton.parts import Parts
@@ -18,7 +19,9 @@ needs_onednn = pytest.mark.skipif(not onednn.available(torch.float32), reason="t
 
 
 def active(samples: int) -> Active:
+    """Of five samples, one keeps everything and one nothing."""
     keep = np.random.default_rng(0).random((samples, 8)) < 0.5
+    keep[1:2], keep[2:3] = True, False
     return decided(keep, 4)
 
 
@@ -64,3 +67,32 @@ def test_a_weight_that_is_not_finite_never_meets_zeros() -> None:
     weights = ConvWeights(weight, None, GEOMETRY, torch.float32)
     x = torch.randn(1, 32, 7, 7).contiguous(memory_format=torch.channels_last)
     assert host.consume(Parts(active(1), None, x), weights, None, "none").isfinite().all()
+
+
+@needs_onednn
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("groups", [17, 21, 40])
+def test_all_of_more_groups_than_widths(groups: int, samples: int) -> None:
+    """A layer that runs whole has its own width, also where fewer groups of it would be padded."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(8, 64, 1),
+        nn.ReLU(),
+        nn.Conv2d(64, groups, 1),
+        nn.ReLU(),
+        nn.BatchNorm2d(groups),
+        nn.Conv2d(groups, groups, 3, padding=1),
+    ]
+    net = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(groups, 16, 1)).eval()
+    model = convert_model(net, gate="gap", granularity=1).eval()
+    everything = torch.ones(samples, groups, dtype=torch.bool)
+    some = everything & (torch.arange(groups) < 4)
+    ragged = everything.clone()
+    ragged[1:] = some[1:]
+    x = torch.randn(samples, 8, 28, 28)
+    for first, second in ((everything, some), (some, everything), (ragged, some), (everything, ragged)):
+        names = list(model.report.gated)
+        with torch.no_grad(), model.override_masks(dict(zip(names, (first, second), strict=True))):
+            found = model(x)
+            with model.set_mode("hard"):
+                torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
