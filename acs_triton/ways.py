@@ -24,7 +24,7 @@ _MACS_PER_US = 100e3
 # Measured: one call of a oneDNN convolution on a single pixel.
 _CALL_US = 30.0
 # Measured in networks: weights of 0.1 to 1.2 MB copied in long pieces, 8 to 14 GB/s, and in short ones.
-_GATHERED_BYTES_PER_US, _PIECES_PER_US = 10e3, 40.0
+_GATHERED_BYTES_PER_US, _PIECES_PER_US = 10e3, 100.0
 # Measured: what each further run that accumulates costs beyond its MACs, its result read and written.
 _ACCUMULATED_BYTES_PER_US = 12e3
 # Measured on features of 0.1 to 1.8 MB: zeros written into skipped channels, active ones copied into a dense tensor,
