@@ -70,7 +70,7 @@ class ConvWeights:
         self.choices: dict[tuple[object, ...], Any] = {}
         self.plans: dict[tuple[object, ...], Any] = {}
         self._room, self._taken = room_of(weight), 0
-        self._padded_biases: dict[int, tuple[Tensor, np.ndarray]] = {}
+        self._padded_biases: dict[int, np.ndarray] = {}
         self._results: dict[tuple[int, int], tuple[int, int]] = {}
         self.masters = Masters(self.weight, self.depthwise)
 
@@ -107,21 +107,15 @@ class ConvWeights:
             packed = onednn.pack(self.weight.narrow(dimension, first, number), size, self.geometry)
             return packed, self.bias if self.bias is None or dimension else self.bias.narrow(0, first, number)
 
-    def gathered_bias(self, out: Kept) -> Tensor | None:
-        """A copy of its active part."""
-        if self.bias is None:
-            return None
-        padded, _ = self._padded_bias(self.bias, out.granularity)
-        return padded.index_select(0, torch.from_numpy(out.index(out.granularity, len(out.padded)))).view(-1)
-
-    def _padded_bias(self, bias: Tensor, granularity: int) -> tuple[Tensor, np.ndarray]:
-        """[groups, granularity], a group of zeros at the end."""
-        known = self._padded_biases.get(granularity)
-        if known is None:
+    def _gather_bias(self, bias: Tensor, out: Kept, result: np.ndarray) -> None:
+        """Write its active part into [n_out]."""
+        granularity = out.granularity
+        padded = self._padded_biases.get(granularity)
+        if padded is None:
             with torch.inference_mode(False):
-                padded = F.pad(bias, (0, granularity)).view(-1, granularity)
-                known = self._padded_biases[granularity] = (padded, as_array(padded))
-        return known
+                padded = as_array(F.pad(bias, (0, granularity)).view(-1, granularity))
+            self._padded_biases[granularity] = padded
+        padded.take(out.index(granularity, len(out.padded)), 0, result.reshape(-1, granularity), "clip")
 
     def recipe(self, size: Size, into: Kept | None, out: Kept | None) -> Recipe | None:
         """How to gather between masks with as many active channels as these, for inputs of this size."""
@@ -147,15 +141,16 @@ class ConvWeights:
         recipe.fill(buffer, into, out)
         if out is None or self.bias is None:
             return Lent(buffer.packed, self.bias, buffer, recipe.pool)
-        granularity = out.granularity
-        _, array = self._padded_bias(self.bias, granularity)
-        groups = out.index(granularity, len(out.padded))
-        array.take(groups, 0, buffer.bias_array.reshape(-1, granularity), "clip")
+        self._gather_bias(self.bias, out, buffer.bias_array)
         return Lent(buffer.packed, buffer.bias, buffer, recipe.pool)
 
     def _copied(self, into: Kept | None, out: Kept | None) -> Lent:
-        bias = self.bias if out is None else self.gathered_bias(out)
-        return Lent(self.masters.plain(into, out), bias, None, None)
+        weight, bias = self.masters.plain(into, out), self.bias
+        if out is not None and bias is not None:
+            gathered = torch.empty(out.width, dtype=bias.dtype)
+            self._gather_bias(bias, out, as_array(gathered))
+            bias = gathered
+        return Lent(weight, bias, None, None)
 
     def keep_gathered(self, size: Size, into: Kept | None, out: Kept | None) -> Call | None:
         """Weight and bias between the active channels, packed, to be used again; None where there is no room for them.
@@ -168,8 +163,8 @@ class ConvWeights:
             return None
         self._taken += nbytes
         _, geometry = self._narrowed(self.c_in if into is None else into.width, n_out)
-        bias = self.bias if out is None else self.gathered_bias(out)
-        return onednn.pack(self.masters.plain(into, out), size, geometry), bias
+        copy = self._copied(into, out)
+        return onednn.pack(copy.packed, size, geometry), copy.bias
 
     def forget_plans(self) -> None:
         """Drop them and the gathered weights that they hold."""

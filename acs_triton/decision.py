@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import onednn
 from .ways import masks_are_fresh
 
 # Each width that a convolution is run at costs oneDNN a kernel, so fine groups are padded to one of this many.
@@ -21,8 +22,6 @@ _SMALLEST_RUN = 16
 _TABULATED = 8
 # Of those of more groups.
 _REMEMBERED = 2048
-# Channels of the widest block of a packed weight: a list may have to go on with zeros for so many.
-_WIDEST_BLOCK = 128
 
 
 class _Lists:
@@ -47,7 +46,9 @@ class _Lists:
     def _in_units(self, unit: int) -> np.ndarray:
         each, zeros = self._granularity // unit, self._total * (self._granularity // unit)
         longest = max(map(len, self._padded))
-        rows = np.full((len(self._padded), longest * each + -(-_WIDEST_BLOCK // unit)), zeros, dtype=np.int64)
+        # To the end of the last block of a packed weight.
+        beyond = -(-onednn.WIDEST_BLOCK // unit)
+        rows = np.full((len(self._padded), longest * each + beyond), zeros, dtype=np.int64)
         for row, groups in zip(rows, self._padded, strict=True):
             spread = np.array(groups, dtype=np.int64)
             if each > 1:

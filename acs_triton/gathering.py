@@ -88,16 +88,16 @@ def _rows(master: Tensor, into: Kept, block: int) -> Fill:
     """All of the output's channels between the active ones of the input's."""
     granularity, groups, kept = into.granularity, into.total + 1, len(into.padded)
     form = master.view(-1, groups, granularity * block)
-    array, flat = as_array(form), form.view(-1, granularity * block)
-    starts = (np.arange(form.shape[0]) * groups)[:, None]
+    array, chunk = as_array(form), form.shape[2]
+    starts, copy = (np.arange(form.shape[0]) * groups)[:, None], _copier(form.view(-1, chunk))
 
     def fill(buffer: Buffer, into: Kept | None, _: Kept | None) -> None:
         assert into is not None  # as when this was made
         active = into.index(granularity, kept)
-        if _is_large(buffer, flat):
-            _copy(flat, (starts + active).ravel(), buffer)
+        if _is_large(buffer, chunk):
+            copy(buffer, (starts + active).ravel())
         else:
-            array.take(active, 1, buffer.array.reshape(-1, kept, flat.shape[1]), "clip")
+            array.take(active, 1, buffer.array.reshape(-1, kept, chunk), "clip")
 
     return fill
 
@@ -120,7 +120,7 @@ def _units(form: Tensor, layout: Layout, blocks: int, unit: int, into: Kept | No
         starts, each, number = (np.arange(taps) * of_tap)[:, None], taps * of_tap, taps * kept
     if length * number > _LONGEST_INDEX:
         return _in_steps(form, layout.vector, blocks, per_block, unit)
-    flat, unmoved = form.view(form.shape[0] * each, -1), starts.reshape(-1, 1)
+    copy, unmoved = _copier(form.view(form.shape[0] * each, -1)), starts.reshape(-1, 1)
 
     def fill(buffer: Buffer, into: Kept | None, out: Kept | None) -> None:
         assert out is not None  # as when this was made
@@ -128,7 +128,7 @@ def _units(form: Tensor, layout: Layout, blocks: int, unit: int, into: Kept | No
         if each > 1:
             within = unmoved if into is None else (starts + into.index(step, kept)).reshape(-1, 1)
             positions = (positions.reshape(blocks, 1, per_block) * each + within).ravel()
-        _copy(flat, positions, buffer)
+        copy(buffer, positions)
 
     return fill
 
@@ -149,15 +149,20 @@ def _in_steps(form: Tensor, vector: int, blocks: int, per_block: int, unit: int)
     return fill
 
 
-def _copy(flat: Tensor, positions: np.ndarray, buffer: Buffer) -> None:
-    """The rows of [rows, chunk] at these positions, one after another."""
-    if _is_large(buffer, flat):
-        torch.index_select(flat, 0, torch.from_numpy(positions), out=buffer.memory.view(-1, flat.shape[1]))
-    else:
-        as_array(flat).take(positions, 0, buffer.array.reshape(-1, flat.shape[1]), "clip")
+def _copier(form: Tensor) -> Callable[[Buffer, np.ndarray], None]:
+    """What writes the rows of [rows, chunk] at given positions, one after another."""
+    array, chunk = as_array(form), form.shape[1]
+
+    def copy(buffer: Buffer, positions: np.ndarray) -> None:
+        if _is_large(buffer, chunk):
+            torch.index_select(form, 0, torch.from_numpy(positions), out=buffer.memory.view(-1, chunk))
+        else:
+            array.take(positions, 0, buffer.array.reshape(-1, chunk), "clip")
+
+    return copy
 
 
-def _is_large(buffer: Buffer, flat: Tensor) -> bool:
+def _is_large(buffer: Buffer, chunk: int) -> bool:
     """Whether two threads copy faster than one."""
     memory = buffer.memory
-    return memory.nbytes >= _PARALLEL_BYTES and flat.shape[1] * memory.itemsize >= _SHORTEST_CHUNK
+    return memory.nbytes >= _PARALLEL_BYTES and chunk * memory.itemsize >= _SHORTEST_CHUNK

@@ -38,6 +38,7 @@ _SMALLEST_MACS = 1_000_000
 _SMALL_MAP = 256
 # Output channels of a block of a packed weight: vectors of 16 or 8 floats, in as many registers as a kernel takes.
 _BLOCKS = (16, 32, 48, 64, 80, 96, 112, 128, 8, 24)
+WIDEST_BLOCK = max(_BLOCKS)
 
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair, int]

@@ -95,15 +95,12 @@ def _gather(work: Work) -> float:
 
 
 def _dense(work: Work) -> float:
-    spread = work.pixels_in * work.c_in * work.itemsize / _SPREAD_BYTES_PER_US + _FEATURES_US
-    convolved = _conv(work, work.c_in, work.c_out)
-    return (
-        convolved + (spread if work.kept_in < work.c_in else 0) + (_masked(work) if work.kept_out < work.c_out else 0)
-    )
-
-
-def _masked(work: Work) -> float:
-    return _FEATURES_US + work.pixels_out * work.c_out * work.itemsize / _MASKED_BYTES_PER_US
+    microseconds = _conv(work, work.c_in, work.c_out)
+    if work.kept_in < work.c_in:
+        microseconds += _FEATURES_US + work.pixels_in * work.c_in * work.itemsize / _SPREAD_BYTES_PER_US
+    if work.kept_out < work.c_out:
+        microseconds += _FEATURES_US + work.pixels_out * work.c_out * work.itemsize / _MASKED_BYTES_PER_US
+    return microseconds
 
 
 @lru_cache(maxsize=4096)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from active_parts import active_part
 
 from acs_triton import onednn
 from acs_triton.conv_weights import ConvWeights
@@ -36,17 +36,6 @@ def chosen(total: int) -> list[list[int]]:
     return [[total - 1], list(range(0, total, 2)), [0, *range(2, total)]]
 
 
-def gathered(weight: Tensor, into: Kept | None, out: Kept | None) -> Tensor:
-    """The active part, with zeros for the padding."""
-    for dimension, side in ((0, out), (1, into)):
-        if side is not None:
-            ending = list(weight.shape)
-            ending[dimension] = side.granularity
-            weight = torch.cat([weight, weight.new_zeros(ending)], dim=dimension)
-            weight = weight.index_select(dimension, torch.from_numpy(side.channels()))
-    return weight
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sides", ["in", "out", "both"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -57,8 +46,8 @@ def test_gathered_is_packed(shape: tuple[int, ...], sides: str, dtype: torch.dty
     for out_groups, in_groups in zip(chosen(c_out // g_out), reversed(chosen(c_in // g_in)), strict=True):
         out = kept(c_out, g_out, out_groups) if sides != "in" else None
         into = kept(c_in, g_in, in_groups) if sides != "out" else None
-        expected_weight = gathered(weight, into, out)
-        expected_bias = bias if out is None else gathered(bias[:, None], None, out)[:, 0]
+        expected_weight = active_part(weight, into, out)
+        expected_bias = bias if out is None else active_part(bias[:, None], None, out)[:, 0]
         x = torch.randn(1, expected_weight.shape[1], height, height, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         found = weights.gathered(weights.recipe((1, height, height), into, out), into, out)
@@ -83,8 +72,8 @@ def test_gathered_depthwise_is_packed(granularity: int) -> None:
         geometry = (*weights.geometry[:3], out.width)
         actual = onednn.run(x, found.packed, found.bias, geometry, None, "none")
         found.give_back()
-        expected = F.conv2d(x, gathered(weight, None, out), gathered(bias[:, None], None, out)[:, 0], *geometry[1::-1],
-                            1, out.width)  # fmt: skip
+        kept_bias = active_part(bias[:, None], None, out)[:, 0]
+        expected = F.conv2d(x, active_part(weight, None, out), kept_bias, *geometry[1::-1], 1, out.width)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -97,4 +86,4 @@ def test_an_unknown_layout_gathers_plainly(sides: str, monkeypatch: pytest.Monke
     into = kept(32, 2, [0, 15]) if sides != "out" else None
     found = weights.gathered(weights.recipe((1, 14, 14), into, out), into, out)
     assert found.buffer is None
-    assert torch.equal(found.packed, gathered(weight, into, out))
+    assert torch.equal(found.packed, active_part(weight, into, out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from active_parts import active_part
 from torch import Tensor
 
 from acs_triton import gathering, onednn
@@ -15,17 +16,6 @@ from acs_triton.onednn import Layout
 # (_LONGEST_INDEX, _SHORTEST_CHUNK, _PARALLEL_BYTES): by numpy, by PyTorch, both sides in steps.
 COPIES = {"numpy": (1 << 30, 0, 1 << 30), "pytorch": (1 << 30, 0, 0), "steps": (0, 0, 1 << 30)}
 OUT, INTO = Kept([0, 2, 3, 5], 6, 8), Kept([1, 2, 6], 8, 4)
-
-
-def active_part(weight: Tensor, into: Kept | None, out: Kept | None) -> Tensor:
-    """With zeros for the padding."""
-    for dimension, side in ((0, out), (1, into)):
-        if side is not None:
-            zeros = list(weight.shape)
-            zeros[dimension] = side.granularity
-            weight = torch.cat([weight, weight.new_zeros(zeros)], dim=dimension)
-            weight = weight.index_select(dimension, torch.from_numpy(side.channels()))
-    return weight
 
 
 def filled(weight: Tensor, layout: Layout, into: Kept | None, out: Kept | None, depthwise: bool = False) -> Tensor:
