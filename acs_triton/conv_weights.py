@@ -72,7 +72,7 @@ class ConvWeights:
         self._room, self._taken = room_of(weight), 0
         self._padded_biases: dict[int, np.ndarray] = {}
         self._results: dict[tuple[int, int], tuple[int, int]] = {}
-        self.masters = Masters(self.weight, self.depthwise)
+        self.masters = Masters(self.weight)
 
     def result_size(self, height: int, width: int) -> tuple[int, int]:
         known = self._results.get((height, width))

@@ -29,8 +29,8 @@ class Masters:
     order, it comes from memory several times as fast. A gated side ends with a group of zeros.
     """
 
-    def __init__(self, weight: Tensor, depthwise: bool) -> None:
-        self._weight, self._depthwise = weight, depthwise
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
         self._known: dict[tuple[object, ...], Tensor] = {}
 
     def clear(self) -> None:
@@ -38,7 +38,7 @@ class Masters:
 
     def fill(self, layout: Layout, n_out: int, into: Kept | None, out: Kept | None) -> Fill:
         """For masks with as many active channels as these, one side gated at least."""
-        unit = layout.block if out is None else self._unit(layout.block, n_out, out.granularity)
+        unit = layout.block if out is None else math.gcd(out.granularity, layout.block)
         in_granularity, out_granularity = _granularity(into), _granularity(out)
         packed = Layout(unit, layout.vector)
         master = self._master(
@@ -51,12 +51,6 @@ class Masters:
         # [units, kernel positions, rows, chunk]
         form = master.view(master.shape[0], -1, master.shape[3], unit * layout.vector)
         return _units(form, layout, -(-n_out // layout.block), unit, into)
-
-    def _unit(self, block: int, n_out: int, granularity: int) -> int:
-        if not self._depthwise:
-            return math.gcd(granularity, block)
-        # One block for all channels, with some at its end that are none.
-        return granularity if n_out == block else math.gcd(granularity, 16)
 
     def plain(self, into: Kept | None, out: Kept | None) -> Tensor:
         """The weight between the active channels, in its own layout."""

@@ -48,7 +48,7 @@ Geometry = tuple[Pair, Pair, Pair, int]
 class Layout(NamedTuple):
     """How a packed weight lies in memory: [C_out / block, kh, kw, C_in / vector, block, vector], zeros at the ends.
 
-    A depthwise weight is [kh, kw, block], one block for all channels.
+    A depthwise weight is [kh, kw, block], one block for all channels, or some more up to a whole number of vectors.
     """
 
     block: int
@@ -214,7 +214,7 @@ def _layout(
     numbers = pattern(shape, dtype)
     found = memory(pack(numbers, size, geometry), dtype)
     depthwise = geometry[3] > 1
-    blocks = (-(-shape[0] // 16) * 16, shape[0]) if depthwise else _BLOCKS
+    blocks = (-(-shape[0] // 16) * 16, -(-shape[0] // 8) * 8, shape[0]) if depthwise else _BLOCKS
     for block in blocks:
         known = Layout(block, 1 if depthwise or dtype == torch.float32 else 2)
         expected = blocked(numbers, known)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,3 +91,12 @@ def test_an_unknown_layout_gathers_plainly(sides: str, monkeypatch: pytest.Monke
     found = weights.gathered(weights.recipe((1, 14, 14), into, out), into, out)
     assert found.buffer is None
     assert torch.equal(found.packed, active_part(weight, into, out))
+
+
+@pytest.mark.slow
+def test_weights_are_packed_for_256_bit_vectors_too() -> None:
+    names = ("test_gathered_is_packed", "test_gathered_depthwise_is_packed")
+    command = [sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)]
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout

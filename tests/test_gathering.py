@@ -18,11 +18,11 @@ COPIES = {"numpy": (1 << 30, 0, 1 << 30), "pytorch": (1 << 30, 0, 0), "steps": (
 OUT, INTO = Kept([0, 2, 3, 5], 6, 8), Kept([1, 2, 6], 8, 4)
 
 
-def filled(weight: Tensor, layout: Layout, into: Kept | None, out: Kept | None, depthwise: bool = False) -> Tensor:
+def filled(weight: Tensor, layout: Layout, into: Kept | None, out: Kept | None) -> Tensor:
     expected = active_part(weight, into, out)
     # Buffers are written again at each use, whatever was left there, padding included.
     memory = torch.full_like(onednn.blocked(expected, layout).flatten(), float("nan"))
-    fill = Masters(weight, depthwise).fill(layout, expected.shape[0], into, out)
+    fill = Masters(weight).fill(layout, expected.shape[0], into, out)
     fill(Buffer(memory, memory, torch.zeros(1)), into, out)
     return memory
 
@@ -49,12 +49,16 @@ def test_every_layout_is_written(kernel: int, block: int, sides: str, dtype: tor
 
 @pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize(
-    ("out", "block"), [(OUT, 32), (Kept([0, 2, 3, 4, 5], 6, 8), 48), (Kept([1, 2, 4, 5], 6, 12), 48)]
-)
+    ("out", "block"),
+    [
+        (OUT, 32), (Kept([0, 2, 3, 4, 5], 6, 8), 48), (Kept([1, 2, 4, 5], 6, 12), 48),
+        (Kept([1, 3], 8, 3), 8), (Kept([0, 2, 4, 5, 7], 8, 4), 24), (Kept([1, 3, 5], 6, 36), 112),
+    ],
+)  # fmt: skip
 def test_a_depthwise_layout_is_written(out: Kept, block: int) -> None:
     weight = torch.randn(out.total * out.granularity, 1, 3, 3)
     expected = onednn.blocked(active_part(weight, None, out), Layout(block, 1)).flatten()
-    assert torch.equal(filled(weight, Layout(block, 1), None, out, depthwise=True), expected)
+    assert torch.equal(filled(weight, Layout(block, 1), None, out), expected)
 
 
 @pytest.mark.usefixtures("copies")
