@@ -91,9 +91,7 @@ def _prepared(
     if chosen.way != "groups":
         return chosen
     assert side is not None  # one side is gated
-    dimension, granularity = 0 if into is None else 1, side.granularity
-    slices = [(first * granularity, number * granularity) for first, number in side.runs]
-    return Plan("groups", weights.parts(_size(shape), dimension, slices), side.runs)
+    return Plan("groups", weights.parts(_size(shape), 0 if into is None else 1, side.slices), side.runs)
 
 
 def _chosen(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, in_runs: bool) -> Plan:

@@ -4,7 +4,7 @@
 
 The calls of oneDNN's convolutions in a forward are recorded, then made again: in a row, with nothing between them, and
 each by itself many times, with its weights in the caches. The rest of a forward is gates, decisions, gathering, pools,
-the classifier, and Python. Writes bench/results/cpu-profile-NETWORK.json.
+the classifier, and Python. Writes bench/results/cpu-PROCESSOR-VECTORS-profile-NETWORK.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from acs_triton.benchmark.networks import calibrated, images
 from acs_triton.demo.network import channels_last
 from acs_triton.gates import GATE_CLASSES
 
-from .gpu.results import ROOT
+from .cpu_table import default_path
 
 _SIZE = (3, 224, 224)
 _MASKS = 12
@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with model.override_masks(density=density), ways.fresh_masks():
             found = content["densities"][f"{density:g}"] = profile(model, batches)
         print(f"{density:8g}" + "".join(f"{found[name]:10.2f}" for name in names), flush=True)
-    results.save(content, ROOT / "bench" / "results" / f"cpu-profile-{given.network.replace(':', '-')}.json")
+    table = default_path(given.threads)
+    results.save(content, table.with_name(f"{table.stem}-profile-{given.network.replace(':', '-')}.json"))
     return 0
 
 

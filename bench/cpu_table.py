@@ -3,7 +3,8 @@
     make bench-cpu    or    python -m bench.cpu_table    # half an hour on two cores; goes on where it was stopped
     python -m bench.cpu_table --show bench/results/cpu-NAME.json    # its tables in Markdown, nothing is measured
 
-Writes bench/results/cpu-PROCESSOR.json and a chart beside it; a file of other sources or another machine is begun anew.
+Writes bench/results/cpu-PROCESSOR-VECTORS.json and a chart beside it; a file of other sources or another machine is
+begun anew.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=positive, default=2, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, help="of each pass (as planned for each)")
     parser.add_argument("--tune", action="store_true", help="as in acs-triton bench")
-    parser.add_argument("--out", type=Path, help="the JSON file (bench/results/cpu-PROCESSOR.json)")
+    parser.add_argument("--out", type=Path, help="the JSON file (bench/results/cpu-PROCESSOR-VECTORS.json)")
     parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of this file and measure nothing")
     given = parser.parse_args(arguments)
     if given.show is not None:
@@ -125,8 +126,10 @@ def shown(content: dict[str, Any]) -> str:
 
 
 def default_path(threads: int) -> Path:
-    processor = results.new(threads)["machine"]["processor"]
-    return ROOT / "bench" / "results" / f"cpu-{re.sub('[^a-z0-9]+', '-', processor.lower()).strip('-')}.json"
+    """Virtual machines of several generations of processors may give them one name, so vectors are told as well."""
+    machine = results.new(threads)["machine"]
+    name = re.sub("[^a-z0-9]+", "-", f"{machine['processor']} {machine['capability']}".lower()).strip("-")
+    return ROOT / "bench" / "results" / f"cpu-{name}.json"
 
 
 if __name__ == "__main__":

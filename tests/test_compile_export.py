@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from acs_triton import ACSModel, convert_model
 
-NETWORKS = ["torchvision/resnet18", "torchvision/mobilenet_v2"]
+NETWORKS = ["torchvision/resnet18", pytest.param("torchvision/mobilenet_v2", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)

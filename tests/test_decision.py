@@ -66,6 +66,6 @@ def test_equal_masks_are_one_object_also_in_a_batch() -> None:
 
 def test_form_tells_apart_what_costs_differently() -> None:
     assert Kept([0, 1], 8, 16).form == Kept([2, 3], 8, 16).form
-    assert Kept([0, 1], 8, 16).run_widths != Kept([1, 2], 8, 16).run_widths
+    assert Kept([0, 1], 8, 16).run_widths != Kept([1, 3], 8, 16).run_widths
     assert Kept([0], 8, 16).form != Kept([], 8, 16).form
     assert Kept([0, 1], 2, 16).form != Kept([0, 1], 8, 16).form

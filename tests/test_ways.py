@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from acs_triton import ACSModel, buffers, convert_model, host, onednn, sparse, ways
 from acs_triton.conv_weights import ConvWeights
-from acs_triton.decision import aligned_runs
+from acs_triton.decision import fewest_runs
 from acs_triton.ways import WAYS, Work, fastest
 
 pytestmark = pytest.mark.skipif(not onednn.available(torch.float32), reason="this PyTorch has no oneDNN")
@@ -162,12 +162,15 @@ def test_host_decisions_are_what_operators_take() -> None:
     [
         ([], []),
         ([0, 1, 2, 3, 4, 5, 6, 7], [(0, 8)]),
-        ([1, 2, 3], [(1, 1), (2, 2)]),
-        ([0, 1, 3, 4, 5, 6], [(0, 2), (3, 1), (4, 2), (6, 1)]),
+        ([1, 2, 5], [(1, 2), (5, 1)]),
+        ([0, 1, 3, 4, 5, 6], [(0, 2), (3, 2), (5, 2)]),
+        ([1, 2, 3, 4], [(1, 2), (3, 2)]),
+        ([3, 4, 5, 6, 7], [(3, 1), (4, 4)]),
+        ([*range(7), *range(8, 17)], [(0, 4), (4, 1), (5, 2), (8, 8), (16, 1)]),
     ],
 )
-def test_aligned_runs(groups: list[int], runs: list[tuple[int, int]]) -> None:
-    assert aligned_runs(groups, 8) == runs
+def test_fewest_runs(groups: list[int], runs: list[tuple[int, int]]) -> None:
+    assert fewest_runs(groups, 8) == runs
 
 
 def work(channels: int, size: int, kept: int, runs: tuple[int, ...] | None) -> Work:

@@ -55,6 +55,7 @@ def times_in(value):
                 yield from times_in(inner)
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_everything_but_times(dry_run):
     content, _ = dry_run
     assert content["dry_run"] is True
@@ -89,6 +90,7 @@ def test_a_dry_run_writes_everything_but_times(dry_run):
     assert len(found) > 50 and not any(value is not None for value in found)
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_so_and_tells_no_speed_up(dry_run):
     content, printed = dry_run
     assert "DRY RUN on the CPU: kernels were interpreted, no time was kept" in printed

@@ -91,17 +91,20 @@ def test_network(gate):
     check_network("cpu", "chain", gate, precision="fp16" if gate == "gap" else "fp32", samples=2, size=6)
 
 
+@pytest.mark.slow
 def test_a_network_with_gates_of_its_own():
     check_network("cpu", "acs_densenet", "gap", precision="fp16", samples=2, size=8)
     check_replay_with_other_masks("cpu", eagerly, "acs_densenet", 8)
 
 
+@pytest.mark.slow
 def test_replays():
     check_replay_with_other_masks("cpu", eagerly, "chain", 6)
     check_replay_follows_the_input("cpu", eagerly, "gap", "chain", 6)
     check_random_masks_change("cpu", eagerly, 6, "chain")
 
 
+@pytest.mark.slow
 def test_what_the_sanitizer_runs(monkeypatch, capsys):
     monkeypatch.setattr(device_sanitized, "FORMS", ["compact-compact"])
     device_sanitized.main("cpu")
