@@ -64,7 +64,8 @@ class Kept:
 
     groups: the active ones, ascending. padded: the same, then `total`, a group of zeros, until their number is one that
     is run; at least one group. width: channels of compact tensors. runs: (first, number) of runs of groups that a
-    convolution can be run in, if it can; slices: the same in channels; run_widths: their channels. form: what its cost depends on besides those.
+    convolution can be run in, if it can; slices: the same in channels; run_widths: how wide they are. form: what its
+    cost depends on besides those.
     """
 
     __slots__ = (
