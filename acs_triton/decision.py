@@ -196,10 +196,12 @@ def fewest_runs(groups: list[int], longest: int) -> list[tuple[int, int]]:
     # Of the groups from each position on.
     fewest: list[list[tuple[int, int]]] = [[]] * (len(groups) + 1)
     for position in reversed(range(len(groups))):
-        first, length, found = groups[position], 1, []
-        while length <= longest and groups[position : position + length] == [*range(first, first + length)]:
-            if length <= 2 or first % length == 0:
-                found.append([(first, length), *fewest[position + length]])
+        first, length = groups[position], 2
+        best = (first, 1), fewest[position + 1]
+        # They ascend: as many as that are neighbours where the last one is as far.
+        while length <= min(longest, len(groups) - position) and groups[position + length - 1] == first + length - 1:
+            if (length == 2 or first % length == 0) and len(fewest[position + length]) < len(best[1]):
+                best = (first, length), fewest[position + length]
             length *= 2
-        fewest[position] = min(found, key=len)
+        fewest[position] = [best[0], *best[1]]
     return fewest[0]
