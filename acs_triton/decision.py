@@ -63,14 +63,13 @@ class Kept:
     for them is found by it.
 
     groups: the active ones, ascending. padded: the same, then `total`, a group of zeros, until their number is one that
-    is run; at least one group. width: channels of compact tensors. runs: (first, number) of runs of groups that a
-    convolution can be run in, if it can; slices: the same in channels; run_widths: how wide they are. form: what its
-    cost depends on besides those.
+    is run; at least one group. width: channels of compact tensors. slices: (first channel, number) of the runs of
+    groups that a convolution can be run in, if it can; run_widths: those numbers. form: what its cost depends on
+    besides those.
     """
 
     __slots__ = (
-        "_lists", "_row", "form", "granularity", "groups", "is_full", "padded", "run_widths", "runs", "slices", "total",
-        "width",
+        "_lists", "_row", "form", "granularity", "groups", "is_full", "padded", "run_widths", "slices", "total", "width"
     )  # fmt: skip
 
     def __init__(self, groups: list[int], total: int, granularity: int) -> None:
@@ -80,12 +79,12 @@ class Kept:
         wanted = min(total, max(step, -(-len(groups) // step) * step))
         self.padded = groups if wanted == len(groups) else groups + [total] * (wanted - len(groups))
         self.width = wanted * granularity
-        self.runs: list[tuple[int, int]] = []
+        self.slices: list[tuple[int, int]] = []
         self.run_widths: tuple[int, ...] | None = None
         if groups and self.padded is groups and granularity >= _SMALLEST_RUN:
-            self.runs = fewest_runs(groups, LONGEST_RUN)
-            self.run_widths = tuple([number * granularity for _, number in self.runs])
-        self.slices = [(first * granularity, number * granularity) for first, number in self.runs]
+            runs = fewest_runs(groups, LONGEST_RUN)
+            self.slices = [(first * granularity, number * granularity) for first, number in runs]
+            self.run_widths = tuple([number for _, number in self.slices])
         self.form = (self.width, granularity, self.is_full, bool(groups))
         self._share(_Lists([self.padded], total, granularity), 0)
 

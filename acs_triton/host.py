@@ -15,7 +15,7 @@ from . import onednn
 from .buffers import Lent
 from .conv_weights import ConvWeights
 from .decision import Active, Kept
-from .parts import Part, Parts, Runs, active_of, as_compact, joined, split, whole_of
+from .parts import Part, Parts, active_of, as_compact, joined, split, whole_of
 from .plans import Plan, as_a_whole, plan, stays_whole
 
 # Numbers that are added up one after another with as small an error as by a reduction.
@@ -54,7 +54,7 @@ def _produced(x: Tensor, weights: ConvWeights, out: Kept, planned: Plan, activat
         return _gathered(x, weights, None, out, planned, None, activation)
     pieces = _in_calls(x, weights, planned, activation)
     if planned.way == "groups":
-        return Runs(pieces, planned.runs)
+        return pieces
     return pieces[0] if out.is_full else active_of(pieces[0], out)
 
 
@@ -127,10 +127,10 @@ def consume(
 def _consumed(
     part: Part, weights: ConvWeights, into: Kept, residual: Tensor | None, activation: str, overwrite: bool = False
 ) -> Tensor:
-    if isinstance(part, Runs):
-        planned = plan(weights, part.pieces[0], into, None, in_runs=True)
+    if isinstance(part, list):
+        planned = plan(weights, part[0], into, None, in_runs=True)
         if planned.way == "groups":
-            return _accumulated(part.pieces, weights, planned, residual, activation, overwrite)
+            return _accumulated(part, weights, planned, residual, activation, overwrite)
         part = joined(part)
     else:
         planned = plan(weights, part, into, None)
@@ -149,7 +149,7 @@ def _consumed_in(
     if planned.way == "gather":
         return _gathered(x, weights, into, None, planned, residual, activation, overwrite)
     if planned.way == "groups":
-        return _accumulated(split(x, into).pieces, weights, planned, residual, activation, overwrite)
+        return _accumulated(split(x, into), weights, planned, residual, activation, overwrite)
     return _dense_into(whole_of(x, into), weights, residual, activation, overwrite)
 
 

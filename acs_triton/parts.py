@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,8 @@ from .decision import Active, Kept
 _INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
-class Runs(NamedTuple):
-    """The active channels of a stretch, in pieces [number, channels, H, W]; groups: (first, number) of each."""
-
-    pieces: list[Tensor]
-    groups: list[tuple[int, int]]
-
-
+Runs = list[Tensor]
+"""The active channels of a stretch, [number, channels, H, W] of each run of groups."""
 Part = Tensor | Runs
 
 
@@ -37,7 +32,7 @@ class Parts:
         if whole is None:
             assert parts is not None  # one of them is there
             first = parts[0]
-            whole = first if isinstance(first, Tensor) else first.pieces[0]
+            whole = first if isinstance(first, Tensor) else first[0]
         # One tensor of it: its dtype, device, height and width are those of all.
         self.piece = whole
 
@@ -96,7 +91,7 @@ class Parts:
             if isinstance(part, Tensor):
                 done.append(function(part, *args, **kwargs))
             else:
-                done.append(Runs([function(piece, *args, **kwargs) for piece in part.pieces], part.groups))
+                done.append([function(run, *args, **kwargs) for run in part])
         return Parts(self.active, done)
 
 
@@ -130,10 +125,9 @@ def as_compact(part: Part) -> Tensor:
 
 
 def joined(runs: Runs) -> Tensor:
-    return runs.pieces[0] if len(runs.pieces) == 1 else torch.cat(runs.pieces, dim=1)
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
 
 
 def split(compact: Tensor, kept: Kept) -> Runs:
     assert kept.run_widths is not None  # it can be run in groups
-    pieces = compact.split(kept.run_widths, dim=1)
-    return Runs([piece.contiguous(memory_format=torch.channels_last) for piece in pieces], kept.runs)
+    return [run.contiguous(memory_format=torch.channels_last) for run in compact.split(kept.run_widths, dim=1)]

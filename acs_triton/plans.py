@@ -27,14 +27,13 @@ _REMEMBERED = 1024
 class Plan:
     """One of `ways.WAYS` and what it needs.
 
-    calls: packed weight and bias of each call of "groups", in the order of `runs`, (first group, number) of each; of
-    the only call of "dense", and of "gather" where the gathered weight is kept. recipe: of "gather" elsewhere.
+    calls: packed weight and bias of each call of "groups", in the order of the side's runs; of the only call of
+    "dense", and of "gather" where the gathered weight is kept. recipe: of "gather" elsewhere.
     is_new: it was used once.
     """
 
     way: str
     calls: list[Call] = field(default_factory=list)
-    runs: list[tuple[int, int]] = field(default_factory=list)
     recipe: Recipe | None = None
     is_new: bool = False
 
@@ -51,7 +50,7 @@ def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, i
             weights.forget_plans()
         prepared = _prepared(weights, shape, into, out, in_runs, threads)
         is_new = not _is_full(into, out)
-        known = weights.plans[key] = Plan(prepared.way, prepared.calls, prepared.runs, prepared.recipe, is_new)
+        known = weights.plans[key] = Plan(prepared.way, prepared.calls, prepared.recipe, is_new)
     elif known.is_new:
         # Masks of single channels hardly ever come again, so nothing is kept at their first use.
         known.is_new = False
@@ -91,7 +90,7 @@ def _prepared(
     if chosen.way != "groups":
         return chosen
     assert side is not None  # one side is gated
-    return Plan("groups", weights.parts(_size(shape), 0 if into is None else 1, side.slices), side.runs)
+    return Plan("groups", weights.parts(_size(shape), 0 if into is None else 1, side.slices))
 
 
 def _chosen(weights: ConvWeights, size: Size, into: Kept | None, out: Kept | None, in_runs: bool) -> Plan:

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with model.override_masks(density=density), ways.fresh_masks():
             found = content["densities"][f"{density:g}"] = profile(model, batches)
         print(f"{density:8g}" + "".join(f"{found[name]:10.2f}" for name in names), flush=True)
-    table = default_path(given.threads)
+    table = default_path(content["machine"])
     results.save(content, table.with_name(f"{table.stem}-profile-{given.network.replace(':', '-')}.json"))
     return 0
 

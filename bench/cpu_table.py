@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["densities"] = tuple(given.density)
     if given.seconds:
         options["seconds"] = given.seconds
-    path = given.out or default_path(given.threads)
+    path = given.out or default_path(results.new(given.threads)["machine"])
     content = opened(path, given.threads)
     for setting in plan(given.networks, given.batch, options):
         if done(content, setting):
@@ -125,9 +125,8 @@ def shown(content: dict[str, Any]) -> str:
     )
 
 
-def default_path(threads: int) -> Path:
+def default_path(machine: dict[str, Any]) -> Path:
     """Virtual machines of several generations of processors may give them one name, so vectors are told as well."""
-    machine = results.new(threads)["machine"]
     name = re.sub("[^a-z0-9]+", "-", f"{machine['processor']} {machine['capability']}".lower()).strip("-")
     return ROOT / "bench" / "results" / f"cpu-{name}.json"
 

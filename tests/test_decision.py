@@ -50,8 +50,9 @@ def test_runs_cover_the_active_groups(groups: int, granularity: int) -> None:
         if kept.run_widths is None:
             assert granularity < 16 or not kept.groups or len(kept.padded) != len(kept.groups)
             continue
-        assert [first + i for first, number in kept.runs for i in range(number)] == kept.groups
-        assert list(kept.run_widths) == [number * granularity for _, number in kept.runs]
+        assert [first + i for first, number in kept.slices for i in range(number)] == kept.channels().tolist()
+        assert list(kept.run_widths) == [number for _, number in kept.slices]
+        assert all(edge % granularity == 0 for of_run in kept.slices for edge in of_run)
 
 
 def test_equal_masks_are_one_object_also_in_a_batch() -> None:
