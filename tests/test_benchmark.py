@@ -66,7 +66,7 @@ def test_macs_stand_beside_the_times(measured: Pass) -> None:
 
 
 def test_masks_are_new_at_every_forward_and_of_the_density(measured: Pass) -> None:
-    model, turning = measured.models["gap 4 d=0.5"], measured.turning("gap 4 d=0.5")
+    model, turning = measured.ours["gap 4 d=0.5"].model, measured.turning("gap 4 d=0.5")
     seen = set()
     for _ in range(16):
         with torch.inference_mode():
@@ -75,6 +75,16 @@ def test_masks_are_new_at_every_forward_and_of_the_density(measured: Pass) -> No
         assert mask.sum(1).tolist() == [8, 8]
         seen.add(mask.numpy().tobytes())
     assert len(seen) > 4
+
+
+def test_densities_share_a_model_and_leave_it_without_masks(measured: Pass) -> None:
+    (model,) = {ours.model for ours in measured.ours.values()}
+    with torch.inference_mode():
+        for density in ("0.5", "1", "0.5"):
+            measured.turning(f"gap 4 d={density}")()
+            assert model.densities() == {"0": float(density)}
+        model(measured.rotation[0])
+    assert model.masks().keys() == {"0"} and model._caches.forced == {}
 
 
 def test_the_pruned_network_is_as_narrow_as_the_masks(measured: Pass) -> None:

@@ -8,14 +8,13 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import timing, ways, zoo
+from .. import timing, zoo
 from ..convert import convert_model
 from ..demo.network import channels_last
 from ..model import ACSModel
@@ -24,6 +23,7 @@ from . import engines
 from .engines import EAGER, HOW, Engine, UnavailableError
 from .gate_time import gate_seconds
 from .networks import calibrated, images
+from .ours import Ours
 from .parity import Parity, compare, sparse_against_hard
 from .pruned import statically_pruned
 from .setting import DTYPES, MASKED, PRUNED, Setting, Variant, pruned_name
@@ -32,13 +32,13 @@ _CALIBRATION = 4
 """Images: a 7x7 map of theirs has 196 values a channel."""
 _ROTATION = 4
 """Batches that every engine is called with in turn."""
-_SAMPLE = 0.02
+_SAMPLE = 0.03
 """Seconds of a sample of eager PyTorch, in calls in a row: enough that the clock and one interruption weigh little."""
 _SETTLE = 0.03
 """Seconds of rest before a sample: threads of the runtime before it spin for up to 15 ms after its last call, and where
 they hold the second core a ResNet-18 takes up to a third longer."""
 _SLOW = 0.5
-"""Seconds of a call above which a sample has no call before it that does not count: it would double the pass."""
+"""Seconds of a call above which a sample has no calls before it that do not count: they would double the pass."""
 _WARM, _SHOWN, _SHOWN_SECONDS = 24, 300, 5.0
 """Samples that ours decides on before it is timed: for its kernels and packed weights, and where masks are to be known;
 and the longest that this may take. Four of eight groups can be chosen in 70 ways."""
@@ -56,7 +56,8 @@ def measure(setting: Setting, stage: Stage = silent, network: nn.Module | None =
 class Pass:
     """One pass; a context manager, because threads are set and masks overridden while it lasts.
 
-    engines: those that compute the right thing, by name; models: ours, by name.
+    engines: those that compute the right thing, by name.
+    ours: by name, all of ours, of which one gate and granularity is one model.
     record: what `run` found, as JSON can hold it, with seconds everywhere. `times` has the engines that ran: median,
         p10, p90, samples. `parity` has all of them: error, allowed, ok; one that is not ok is not timed. `missing` has
         those that do not exist here, and why. `ours`, by engine: gate, granularity, density, MACs a sample, and the
@@ -67,7 +68,7 @@ class Pass:
         self.setting = setting
         self.stage = stage
         self.engines: dict[str, Engine] = {}
-        self.models: dict[str, ACSModel] = {}
+        self.ours: dict[str, Ours] = {}
         self.record: dict[str, Any] = {
             "setting": dataclasses.asdict(setting), "missing": {}, "parity": {}, "ours": {}, "pruned": {},
             "fastest_dense": None, "times": {},
@@ -159,59 +160,60 @@ class Pass:
 
     def _add_all_of_ours(self) -> None:
         setting = self.setting
-        variants = list(itertools.product(setting.gates, setting.granularities, setting.densities))
+        kinds = list(itertools.product(setting.gates, setting.granularities))
         progress = self.stage("convert, lower, check")
-        for done, (gate, granularity, density) in enumerate(variants):
-            progress(done, len(variants), gate)
-            self._add_ours(Variant(gate, granularity, density))
-        progress(len(variants), len(variants), "")
+        for done, (gate, granularity) in enumerate(kinds):
+            progress(done, len(kinds), gate)
+            # One model for all densities, as in service: twenty at once would take each other's place in caches and
+            # memory. What was tuned is true to one density.
+            model = None
+            for density in setting.densities:
+                variant = Variant(gate, granularity, density)
+                model = self._model(variant) if model is None or setting.tune else model
+                self._add_ours(Ours.of(model, variant))
+                if setting.known_masks and gate == setting.gates[0] and density < 1:
+                    self._add_ours(Ours.of(model, dataclasses.replace(variant, known_masks=True)))
+        progress(len(kinds), len(kinds), "")
         if MASKED in setting.engines:
-            hard = copy.deepcopy(next(iter(self.models.values())))
+            first = next(iter(self.ours.values()))
+            hard = copy.deepcopy(first.model)
             hard.set_mode("hard")
-            self._override(hard, setting.densities[0])
-            self.engines[MASKED] = Engine(hard)
+            self.engines[MASKED] = Engine(Ours.of(hard, first.variant))
 
-    def _add_ours(self, variant: Variant) -> None:
+    def _model(self, variant: Variant) -> ACSModel:
         model = convert_model(self.network, gate=variant.gate, granularity=variant.granularity)
         model.set_mode("sparse")
-        self._override(model, variant.density)
         if self.setting.tune:
-            model.tune(self.rotation[0])
+            with model.override_masks(density=variant.density):
+                model.tune(self.rotation[0])
         # As the other engines are.
         model.lower(frozen=True)
-        self._add_variant(variant, model, _fresh(model), _WARM)
-        setting = self.setting
-        if setting.known_masks and variant.gate == setting.gates[0] and variant.density < 1:
-            self._add_variant(dataclasses.replace(variant, known_masks=True), model, model, _SHOWN)
+        return model
 
-    def _add_variant(self, variant: Variant, model: ACSModel, run: Callable[[Tensor], Tensor], samples: int) -> None:
-        """samples: how many it decides on before it is timed."""
+    def _add_ours(self, ours: Ours) -> None:
         with torch.inference_mode():
             start = time.perf_counter()
-            for done in range(math.ceil(samples / self.setting.batch)):
-                run(self.rotation[done % _ROTATION])
+            for done in range(math.ceil((_SHOWN if ours.variant.known_masks else _WARM) / self.setting.batch)):
+                ours(self.rotation[done % _ROTATION])
                 if time.perf_counter() - start > _SHOWN_SECONDS:
                     break
-        macs = model.macs()
-        with nullcontext() if variant.known_masks else ways.fresh_masks():
-            found = sparse_against_hard(model, self.rotation[0])
-        self.models[variant.name] = model
-        self.record["ours"][variant.name] = {
-            **dataclasses.asdict(variant),
+        macs = ours.model.macs()
+        with ours.deciding():
+            found = sparse_against_hard(ours.model, self.rotation[0])
+        name = ours.variant.name
+        self.ours[name] = ours
+        self.record["ours"][name] = {
+            **dataclasses.asdict(ours.variant),
             "macs": {name: float(getattr(macs, name)) for name in ("dense", "ideal", "executed", "gates")},
         }
-        self._add(variant.name, Engine(run), found)
-
-    def _override(self, model: ACSModel, density: float) -> None:
-        """Random masks of this density, new at each forward, for as long as the pass takes."""
-        self._open.enter_context(model.override_masks(density=density))
+        self._add(name, Engine(ours), found)
 
     def _add_pruned(self, kinds: list[str]) -> None:
         """On the faster of the first two: what is fastest for the whole network may not be for odd widths."""
         narrower = [density for density in self.setting.densities if density < 1]
         if PRUNED not in self.setting.engines or not narrower:
             return
-        model = next(iter(self.models.values()))
+        model = next(iter(self.ours.values())).model
         progress = self.stage("build pruned networks")
         for done, density in enumerate(narrower):
             progress(done, len(narrower), "")
@@ -248,20 +250,11 @@ class Pass:
             }  # fmt: skip
         dense = [name for name in found if name in HOW]
         record["fastest_dense"] = min(dense, key=lambda name: found[name].median) if dense else None
-        for name, ours in record["ours"].items():
+        for name, ours in self.ours.items():
             if name in found:
                 repeats = min(20, max(3, math.ceil(0.3 / found[name].median)))
-                with nullcontext() if ours["known_masks"] else ways.fresh_masks():
-                    ours["gate_seconds"] = gate_seconds(self.models[name], self.rotation[0], repeats)
-
-
-def _fresh(model: ACSModel) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        with ways.fresh_masks():
-            y: Tensor = model(x)
-            return y
-
-    return run
+                with ours.deciding():
+                    record["ours"][name]["gate_seconds"] = gate_seconds(ours.model, self.rotation[0], repeats)
 
 
 def _rested(engine: timing.Engine, calls: int) -> float:
@@ -270,6 +263,7 @@ def _rested(engine: timing.Engine, calls: int) -> float:
 
 
 def _settled(engine: timing.Engine, calls: int) -> float:
+    """After as many calls that do not count: how an engine runs that is called again and again."""
     time.sleep(_SETTLE)
-    engine()
+    timing.wall_clock(engine, calls)
     return timing.wall_clock(engine, calls)
