@@ -19,7 +19,6 @@ from .buffers import share_room
 from .emit import Emitter
 from .emit_kernels import KernelEmitter
 from .program import Programs
-from .samplewise import is_samplewise
 from .spans import check_spans
 from .staleness import Sources
 from .state import Expected, LoweredState
@@ -36,14 +35,12 @@ class LoweredPart:
     forward: called as `forward(root, model, tensors, *inputs)`.
     tensors: the packed weights that the graph reads by position.
     convs: the position of each convolution's weight, by the layer's name.
-    samplewise: each sample is surely computed by itself.
     """
 
     graph: fx.Graph
     forward: Callable[..., Any]
     tensors: list[Tensor]
     convs: dict[str, int] = field(default_factory=dict)
-    samplewise: bool = False
 
 
 @dataclass(kw_only=True)
@@ -92,7 +89,6 @@ def lower(model: ACSModel, programs: Programs, earlier: Lowered | None, expected
                 dense_spans |= emitter.dense_spans
             emitter.build()
             parts[part] = _reuse(emitter, None if earlier is None else earlier.by_part.get(part))
-            parts[part].samplewise = implementation is cpu and is_samplewise(emitter.graph, model)
     share_room([tensor for part in parts.values() for tensor in part.tensors])
     sources = Sources.of(model)
     if earlier is not None and all(parts[part] is known for part, known in earlier.by_part.items()):

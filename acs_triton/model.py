@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import cost, lower, sample_parallel, tune
+from . import cost, lower, tune
 from .adopt import AdoptedModule
 from .config import ACSConfig
 from .gated import GatedModel, untraced
@@ -64,8 +64,6 @@ class ACSModel(AdoptedModule, GatedModel):
     def _run_lowered(self, lowered: Lowered, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._caches.parts_ran = set()
         root = lowered.by_part[""]
-        if len(args) == 1 and not kwargs and sample_parallel.can_run(root, args[0]):
-            return sample_parallel.run(root, self, args[0])
         return root.forward(self, self, root.tensors, *args, **kwargs)
 
     def _lower(self, earlier: Lowered | None) -> Lowered:

@@ -195,6 +195,5 @@ def _described(
     pixels, results = samples * height * width, samples * rows * columns
     itemsize, depthwise = weights.weight.itemsize, weights.tuned.depthwise
     return ways.Work(
-        weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, pieces, depthwise, runs,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        weights.c_in, weights.c_out, n_in, n_out, weights.taps, pixels, results, itemsize, pieces, depthwise, runs
+    )

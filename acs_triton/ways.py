@@ -18,9 +18,9 @@ from torch import Tensor
 
 WAYS = ("gather", "groups", "dense")
 
-# Cores with 512-bit vectors; the choice depends on ratios, which change less from machine to machine.
-# Measured on two: 3x3 convolutions of 64 @ 56 to 512 @ 7 all run at about 100 of the 115 GMAC/s that the clock allows.
-_MACS_PER_US_AND_THREAD = 50e3
+# Two cores with 512-bit vectors; the choice depends on ratios, which change less from machine to machine.
+# Measured: 3x3 convolutions of 64 @ 56 to 512 @ 7 all run at about 100 of the 115 GMAC/s that the clock allows.
+_MACS_PER_US = 100e3
 # Measured: one call of a oneDNN convolution on a single pixel.
 _CALL_US = 30.0
 # Measured in networks: weights of 0.1 to 1.2 MB copied in long pieces, 8 to 14 GB/s, and in short ones.
@@ -45,7 +45,6 @@ class Work(NamedTuple):
     pieces: how many a gathered weight is copied together from. depthwise: convolutions of the result's channels that
     must gather theirs unless it is dense.
     runs: (channels of each run) of the side that is gated, or None where both are or groups are too narrow.
-    threads: that the convolution runs on.
     """
 
     c_in: int
@@ -59,7 +58,6 @@ class Work(NamedTuple):
     pieces: int
     depthwise: int
     runs: tuple[int, ...] | None
-    threads: int
 
 
 class Choice(NamedTuple):
@@ -78,7 +76,7 @@ def fastest(work: Work, is_kept: bool = False) -> Choice:
 
 
 def _conv(work: Work, c_in: int, c_out: int) -> float:
-    return _CALL_US + work.taps * work.pixels_out * c_in * c_out / (_MACS_PER_US_AND_THREAD * work.threads)
+    return _CALL_US + work.taps * work.pixels_out * c_in * c_out / _MACS_PER_US
 
 
 def _kept(work: Work) -> float:

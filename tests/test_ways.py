@@ -174,7 +174,7 @@ def test_fewest_runs(groups: list[int], runs: list[tuple[int, int]]) -> None:
 
 
 def work(channels: int, size: int, kept: int, runs: tuple[int, ...] | None) -> Work:
-    return Work(channels, channels, channels, kept, 9, size * size, size * size, 4, 9, 0, runs, 2)
+    return Work(channels, channels, channels, kept, 9, size * size, size * size, 4, 9, 0, runs)
 
 
 def test_large_weights_run_in_groups_and_small_ones_are_gathered() -> None:
