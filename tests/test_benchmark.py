@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -78,19 +80,41 @@ def test_masks_are_new_at_every_forward_and_of_the_density(measured: Pass) -> No
 
 
 def test_densities_share_a_model_and_leave_it_without_masks(measured: Pass) -> None:
-    (model,) = {ours.model for ours in measured.ours.values()}
+    gap = {density: measured.ours[f"gap 4 d={density}"] for density in ("0.5", "1")}
+    assert gap["0.5"].model is gap["1"].model
     with torch.inference_mode():
         for density in ("0.5", "1", "0.5"):
             measured.turning(f"gap 4 d={density}")()
-            assert model.densities() == {"0": float(density)}
-        model(measured.rotation[0])
-    assert model.masks().keys() == {"0"} and model._caches.forced == {}
+            assert set(gap["1"].model.densities().values()) == {float(density)}
+        gap["1"].model(measured.rotation[0])
+    assert gap["1"].model._caches.forced == {}
 
 
 def test_the_pruned_network_is_as_narrow_as_the_masks(measured: Pass) -> None:
     assert measured.engines["pruned d=0.5"].on(measured.rotation[0]).shape == (2, 4, 8, 8)
     convs = [module for module in measured.engines["pruned d=0.5"].run.modules() if isinstance(module, nn.Conv2d)]  # type: ignore[attr-defined]
     assert [(conv.in_channels, conv.out_channels) for conv in convs] == [(3, 8), (8, 8), (8, 4)]
+
+
+_ALLOCATING = """
+import resource, torch
+from acs_triton.benchmark.memory import keep_freed_memory
+kept = keep_freed_memory()
+for _ in range(3):
+    torch.ones(20_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(20_000_000)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_kept() -> None:
+    kept, faults = subprocess.run(
+        [sys.executable, "-c", _ALLOCATING], capture_output=True, text=True, check=True, timeout=120
+    ).stdout.split()
+    # Twenty thousand pages otherwise.
+    assert kept == "True" and int(faults) < 1000
 
 
 def test_threads_are_set_for_the_pass_alone() -> None:

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..progress import Stage, silent
 from . import engines
 from .engines import EAGER, HOW, Engine, UnavailableError
 from .gate_time import gate_seconds
+from .memory import keep_freed_memory
 from .networks import calibrated, images
 from .ours import Ours
 from .parity import Parity, compare, sparse_against_hard
@@ -34,6 +36,9 @@ _ROTATION = 4
 """Batches that every engine is called with in turn."""
 _SAMPLE = 0.03
 """Seconds of a sample of eager PyTorch, in calls in a row: enough that the clock and one interruption weigh little."""
+_LEAD = 0.08
+"""Seconds of eager PyTorch, in calls before a sample that do not count: an engine is timed as it runs when it is called
+again and again. The first calls after a rest take up to a third longer, in every engine."""
 _SETTLE = 0.03
 """Seconds of rest before a sample: threads of the runtime before it spin for up to 15 ms after its last call, and where
 they hold the second core a ResNet-18 takes up to a third longer."""
@@ -61,7 +66,7 @@ class Pass:
     record: what `run` found, as JSON can hold it, with seconds everywhere. `times` has the engines that ran: median,
         p10, p90, samples. `parity` has all of them: error, allowed, ok; one that is not ok is not timed. `missing` has
         those that do not exist here, and why. `ours`, by engine: gate, granularity, density, MACs a sample, and the
-        seconds of the gates. `pruned`: the density, and the dense engine it ran on.
+        seconds of the gates. `pruned`: the density, and the dense engine it ran on. `keeps_freed_memory`: see `memory`.
     """
 
     def __init__(self, setting: Setting, stage: Stage = silent) -> None:
@@ -71,11 +76,12 @@ class Pass:
         self.ours: dict[str, Ours] = {}
         self.record: dict[str, Any] = {
             "setting": dataclasses.asdict(setting), "missing": {}, "parity": {}, "ours": {}, "pruned": {},
-            "fastest_dense": None, "times": {},
+            "fastest_dense": None, "times": {}, "keeps_freed_memory": False,
         }  # fmt: skip
         self._open = ExitStack()
 
     def __enter__(self) -> Pass:
+        self.record["keeps_freed_memory"] = keep_freed_memory()
         self._open.enter_context(engines.threads(self.setting.threads))
         return self
 
@@ -233,7 +239,7 @@ class Pass:
     def _time(self) -> None:
         setting, record = self.setting, self.record
         progress = self.stage(f"time {len(self.engines)} engines")
-        calls = min(10, max(1, math.ceil(_SAMPLE / self._eager_seconds)))
+        calls, lead = (min(10, math.ceil(seconds / self._eager_seconds)) for seconds in (_SAMPLE, _LEAD))
         with torch.inference_mode():
             found = timing.interleaved(
                 {name: self.turning(name) for name in self.engines},
@@ -242,7 +248,7 @@ class Pass:
                 calls=calls,
                 seconds=setting.seconds,
                 progress=lambda share: progress(round(1000 * share), 1000, ""),
-                clock=_settled if self._eager_seconds < _SLOW else _rested,
+                clock=partial(_settled, lead=lead) if self._eager_seconds < _SLOW else _rested,
             )
         for name, times in found.items():
             record["times"][name] = {
@@ -262,8 +268,7 @@ def _rested(engine: timing.Engine, calls: int) -> float:
     return timing.wall_clock(engine, calls)
 
 
-def _settled(engine: timing.Engine, calls: int) -> float:
-    """After as many calls that do not count: how an engine runs that is called again and again."""
+def _settled(engine: timing.Engine, calls: int, lead: int = 1) -> float:
     time.sleep(_SETTLE)
-    timing.wall_clock(engine, calls)
+    timing.wall_clock(engine, lead)
     return timing.wall_clock(engine, calls)

@@ -1,0 +1,24 @@
+"""What a service would tell its allocator before it runs a network again and again."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+# Of mallopt in glibc's malloc.h, and the largest that they take.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_NEVER_TRIM, _NEVER_MAP = (1 << 31) - 1, 1 << 30
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep what is freed for what is allocated next, in this process and for good; False with another
+    allocator.
+
+    By default it gives larger blocks back to the system at each forward, and each page that comes back is zeroed and
+    mapped again: a tenth of ResNet-50's time at batch 8. ONNX Runtime and OpenVINO keep theirs by themselves. The same
+    as the environment variables MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_TRIM_THRESHOLD, _NEVER_TRIM)) and bool(mallopt(_MMAP_THRESHOLD, _NEVER_MAP))
