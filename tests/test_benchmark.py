@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from benchmark_cases import SIZE, setting, tiny
 from torch import Tensor, nn
 
-from acs_triton import ACSModel, cli, convert_model, sparse
+from acs_triton import ACSModel, cli, convert_model, onednn, sparse
 from acs_triton.benchmark import engines, measure, table
 from acs_triton.benchmark.engines import Engine
 from acs_triton.benchmark.gate_time import gate_seconds
@@ -98,7 +99,7 @@ def test_the_pruned_network_is_as_narrow_as_the_masks(measured: Pass) -> None:
 
 _ALLOCATING = """
 import resource, torch
-from acs_triton.benchmark.memory import keep_freed_memory
+from acs_triton.benchmark.process import keep_freed_memory
 kept = keep_freed_memory()
 for _ in range(3):
     torch.ones(20_000_000)
@@ -115,6 +116,39 @@ def test_freed_memory_is_kept() -> None:
     ).stdout.split()
     # Twenty thousand pages otherwise.
     assert kept == "True" and int(faults) < 1000
+
+
+_MAKING_KERNELS = """
+import torch
+from acs_triton.benchmark.process import keep_kernels
+keep_kernels()
+x = torch.randn(1, 3, 8, 8)
+for again in (False, True):
+    print("again" if again else "first", flush=True)
+    for size in range(1, 1101):
+        torch.mkldnn_convolution(x, torch.ones(size, 3, 3, 3), None, (1, 1), (1, 1), (1, 1), 1)
+"""
+
+
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("capacity", [None, "1024"])
+def test_kernels_are_kept(capacity: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if "PRIMITIVE_CACHE" not in name}
+    environment |= {"ONEDNN_VERBOSE": "profile_create"}
+    environment |= {} if capacity is None else {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": capacity}
+    run = subprocess.run(
+        [sys.executable, "-c", _MAKING_KERNELS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env=environment,
+    )
+    first, again = run.stdout.split("again\n")
+    assert first.count("create:cache_miss") >= 1100
+    # What the environment says holds.
+    assert again.count("create:cache_miss") >= 1100 if capacity else again.count("create:cache_miss") == 0
 
 
 def test_threads_are_set_for_the_pass_alone() -> None:

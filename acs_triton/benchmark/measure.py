@@ -23,10 +23,10 @@ from ..progress import Stage, silent
 from . import engines
 from .engines import EAGER, HOW, Engine, UnavailableError
 from .gate_time import gate_seconds
-from .memory import keep_freed_memory
 from .networks import calibrated, images
 from .ours import Ours
 from .parity import Parity, compare, sparse_against_hard
+from .process import keep_freed_memory, keep_kernels
 from .pruned import statically_pruned
 from .setting import DTYPES, MASKED, PRUNED, Setting, Variant, pruned_name
 
@@ -66,7 +66,7 @@ class Pass:
     record: what `run` found, as JSON can hold it, with seconds everywhere. `times` has the engines that ran: median,
         p10, p90, samples. `parity` has all of them: error, allowed, ok; one that is not ok is not timed. `missing` has
         those that do not exist here, and why. `ours`, by engine: gate, granularity, density, MACs a sample, and the
-        seconds of the gates. `pruned`: the density, and the dense engine it ran on. `keeps_freed_memory`: see `memory`.
+        seconds of the gates. `pruned`: the density, and the dense engine it ran on. `process`: see there.
     """
 
     def __init__(self, setting: Setting, stage: Stage = silent) -> None:
@@ -76,12 +76,12 @@ class Pass:
         self.ours: dict[str, Ours] = {}
         self.record: dict[str, Any] = {
             "setting": dataclasses.asdict(setting), "missing": {}, "parity": {}, "ours": {}, "pruned": {},
-            "fastest_dense": None, "times": {}, "keeps_freed_memory": False,
+            "fastest_dense": None, "times": {}, "process": {},
         }  # fmt: skip
         self._open = ExitStack()
 
     def __enter__(self) -> Pass:
-        self.record["keeps_freed_memory"] = keep_freed_memory()
+        self.record["process"] = {"keeps_kernels": keep_kernels(), "keeps_freed_memory": keep_freed_memory()}
         self._open.enter_context(engines.threads(self.setting.threads))
         return self
 

@@ -1,13 +1,25 @@
-"""What a service would tell its allocator before it runs a network again and again."""
+"""What a process is told that runs networks again and again, or many of them: a service, or a benchmark."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
+_CAPACITY, _KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384"
 # Of mallopt in glibc's malloc.h, and the largest that they take.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER_TRIM, _NEVER_MAP = (1 << 31) - 1, 1 << 30
+
+
+def keep_kernels() -> str:
+    """Let oneDNN keep 16,384 kernels, unless the environment says how many; returns how many. To be called before it is
+    used: it looks once.
+
+    A network of ours has some hundreds of shapes. Engines side by side come to more than the 1,024 that oneDNN keeps by
+    itself, and would make theirs anew at each turn, ours the more the more shapes it has.
+    """
+    return os.environ.setdefault(_CAPACITY, _KERNELS)
 
 
 def keep_freed_memory() -> bool:
