@@ -143,7 +143,6 @@ def test_kernels_are_kept(capacity: str | None) -> None:
         text=True,
         check=True,
         timeout=300,
-        env=environment,
     )
     first, again = run.stdout.split("again\n")
     assert first.count("create:cache_miss") >= 1100
