@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -48,10 +49,10 @@ def interleaved(
     progress: Callable[[float], None] | None = None,
     clock: Clock = wall_clock,
 ) -> dict[str, Timing]:
-    """Time the engines in rounds; in a round each of them runs once, in an order that changes from round to round.
+    """Time the engines in rounds; in a round each of them runs once, in an order that is drawn for each round.
 
     A slower minute of the machine thus falls on every engine, and none always runs after the same
-    other one, with that one's data in the caches.
+    other one, with that one's data in the caches. The orders are the same at every call.
 
     repeats: rounds, one sample for each engine and round. warmup: rounds before them that are not measured.
     calls: calls of an engine in a row for one sample, which is their mean.
@@ -78,7 +79,7 @@ def interleaved(
     try:
         start = time.perf_counter()
         for done in range(repeats):
-            for name in _order(list(engines), done):
+            for name in random.Random(done).sample(list(engines), len(engines)):
                 samples[name].append(clock(engines[name], calls))
             share = (done + 1) / repeats
             if seconds is not None:
@@ -91,10 +92,3 @@ def interleaved(
         if collecting:
             gc.enable()
     return {name: Timing.of(values) for name, values in samples.items()}
-
-
-def _order(names: list[str], done: int) -> list[str]:
-    """Every rotation of the names, forwards, then every rotation backwards, and again."""
-    turns, start = divmod(done, len(names))
-    rotated = names[start:] + names[:start]
-    return rotated if turns % 2 == 0 else rotated[::-1]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from acs_triton import ACSModel, convert_model, onednn, ways, zoo
 from acs_triton.arguments import granularity, positive
-from acs_triton.benchmark import results
+from acs_triton.benchmark import process, results
 from acs_triton.benchmark.gate_time import gate_seconds
 from acs_triton.benchmark.networks import calibrated, images
 from acs_triton.demo.network import channels_last
@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--granularity", type=granularity, default="auto", metavar="G", help="(%(default)s)")
     parser.add_argument("--threads", type=positive, default=2, help="(%(default)s)")
     given = parser.parse_args(arguments)
+    prepared = process.prepare()
     torch.set_num_threads(given.threads)
     network = zoo.build(given.network)
     calibrated(network, images(_CALIBRATION, _SIZE, torch.device("cpu")))
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model.lower(frozen=True)
     everything = images(4 * given.batch, _SIZE, torch.device("cpu"), seed=1)
     batches = everything.contiguous(memory_format=torch.channels_last).split(given.batch)
-    content = results.new(given.threads) | {"setting": vars(given), "densities": {}}
+    content = results.new(given.threads) | {"process": prepared, "setting": vars(given), "densities": {}}
     names = ("calls", "forward", "in_a_row", "hot", "gates")
     print(f"{given.network}, batch {given.batch}, {given.gate} gates, {results.machine_line(content)}")
     print(f"{'density':>8}" + "".join(f"{name:>10}" for name in names))

@@ -47,8 +47,9 @@ def test_lists_are_those_of_the_mask(groups: int, granularity: int, fresh: bool)
 def test_runs_cover_the_active_groups(groups: int, granularity: int) -> None:
     for keep in masks(groups):
         kept = kept_of(keep.tobytes(), granularity)
+        has_none = granularity < 16 or not kept.groups or len(kept.padded) != len(kept.groups)
+        assert (kept.run_widths is None) == has_none
         if kept.run_widths is None:
-            assert granularity < 16 or not kept.groups or len(kept.padded) != len(kept.groups)
             continue
         assert [first + i for first, number in kept.slices for i in range(number)] == kept.channels().tolist()
         assert list(kept.run_widths) == [number for _, number in kept.slices]

@@ -6,13 +6,19 @@ import pytest
 from acs_triton.timing import Timing, interleaved
 
 
-def test_every_round_runs_each_engine_once_and_the_order_turns() -> None:
+def test_every_round_runs_each_engine_once_and_after_others_than_before() -> None:
     ran: list[str] = []
-    engines = {name: (lambda name=name: ran.append(name)) for name in "abc"}
+    names = "abcdefghijkl"
+    engines = {name: (lambda name=name: ran.append(name)) for name in names}
     timings = interleaved(engines, repeats=6, warmup=0)
-    rounds = ["".join(ran[start : start + 3]) for start in range(0, 18, 3)]
-    assert rounds == ["abc", "bca", "cab", "cba", "acb", "bac"]
-    assert {name: len(timing.samples) for name, timing in timings.items()} == {"a": 6, "b": 6, "c": 6}
+    rounds = ["".join(ran[start : start + 12]) for start in range(0, 72, 12)]
+    assert all(sorted(of_round) == list(names) for of_round in rounds) and len(set(rounds)) == 6
+    assert {len(timing.samples) for timing in timings.values()} == {6}
+    before = {
+        name: {of_round[of_round.index(name) - 1] for of_round in rounds if of_round[0] != name} for name in names
+    }
+    # In fewer rounds than there are engines.
+    assert all(len(others) >= 3 for others in before.values())
 
 
 def test_warmup_and_calls_are_counted() -> None:

@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from contextlib import ExitStack, suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from .gate_time import gate_seconds
 from .networks import calibrated, images
 from .ours import Ours
 from .parity import Parity, compare, sparse_against_hard
-from .process import keep_freed_memory, keep_kernels
 from .pruned import statically_pruned
 from .setting import DTYPES, MASKED, PRUNED, Setting, Variant, pruned_name
 
@@ -35,10 +33,10 @@ _CALIBRATION = 4
 _ROTATION = 4
 """Batches that every engine is called with in turn."""
 _SAMPLE = 0.03
-"""Seconds of a sample of eager PyTorch, in calls in a row: enough that the clock and one interruption weigh little."""
+"""Seconds of a sample, in calls in a row: enough that the clock and one interruption weigh little."""
 _LEAD = 0.08
-"""Seconds of eager PyTorch, in calls before a sample that do not count: an engine is timed as it runs when it is called
-again and again. The first calls after a rest take up to a third longer, in every engine."""
+"""Seconds of calls before a sample that do not count: an engine is timed as it runs when it is called again and again.
+The first calls after a rest take up to a third longer, in every engine."""
 _SETTLE = 0.03
 """Seconds of rest before a sample: threads of the runtime before it spin for up to 15 ms after its last call, and where
 they hold the second core a ResNet-18 takes up to a third longer."""
@@ -59,14 +57,14 @@ def measure(setting: Setting, stage: Stage = silent, network: nn.Module | None =
 
 
 class Pass:
-    """One pass; a context manager, because threads are set and masks overridden while it lasts.
+    """One pass; a context manager, because threads are set while it lasts.
 
     engines: those that compute the right thing, by name.
     ours: by name, all of ours, of which one gate and granularity is one model.
     record: what `run` found, as JSON can hold it, with seconds everywhere. `times` has the engines that ran: median,
         p10, p90, samples. `parity` has all of them: error, allowed, ok; one that is not ok is not timed. `missing` has
         those that do not exist here, and why. `ours`, by engine: gate, granularity, density, MACs a sample, and the
-        seconds of the gates. `pruned`: the density, and the dense engine it ran on. `process`: see there.
+        seconds of the gates. `pruned`: the density, and the dense engine it ran on.
     """
 
     def __init__(self, setting: Setting, stage: Stage = silent) -> None:
@@ -76,12 +74,11 @@ class Pass:
         self.ours: dict[str, Ours] = {}
         self.record: dict[str, Any] = {
             "setting": dataclasses.asdict(setting), "missing": {}, "parity": {}, "ours": {}, "pruned": {},
-            "fastest_dense": None, "times": {}, "process": {},
+            "fastest_dense": None, "times": {},
         }  # fmt: skip
         self._open = ExitStack()
 
     def __enter__(self) -> Pass:
-        self.record["process"] = {"keeps_kernels": keep_kernels(), "keeps_freed_memory": keep_freed_memory()}
         self._open.enter_context(engines.threads(self.setting.threads))
         return self
 
@@ -178,7 +175,9 @@ class Pass:
                 model = self._model(variant) if model is None or setting.tune else model
                 self._add_ours(Ours.of(model, variant))
                 if setting.known_masks and gate == setting.gates[0] and density < 1:
-                    self._add_ours(Ours.of(model, dataclasses.replace(variant, known_masks=True)))
+                    # The room for what is kept is the model's: with others in it, not all would be known.
+                    known = dataclasses.replace(variant, known_masks=True)
+                    self._add_ours(Ours.of(self._model(known), known))
         progress(len(kinds), len(kinds), "")
         if MASKED in setting.engines:
             first = next(iter(self.ours.values()))
@@ -239,16 +238,14 @@ class Pass:
     def _time(self) -> None:
         setting, record = self.setting, self.record
         progress = self.stage(f"time {len(self.engines)} engines")
-        calls, lead = (min(10, math.ceil(seconds / self._eager_seconds)) for seconds in (_SAMPLE, _LEAD))
         with torch.inference_mode():
             found = timing.interleaved(
                 {name: self.turning(name) for name in self.engines},
                 repeats=_ROUNDS,
                 warmup=1,
-                calls=calls,
                 seconds=setting.seconds,
                 progress=lambda share: progress(round(1000 * share), 1000, ""),
-                clock=partial(_settled, lead=lead) if self._eager_seconds < _SLOW else _rested,
+                clock=_settled if self._eager_seconds < _SLOW else _rested,
             )
         for name, times in found.items():
             record["times"][name] = {
@@ -268,7 +265,18 @@ def _rested(engine: timing.Engine, calls: int) -> float:
     return timing.wall_clock(engine, calls)
 
 
-def _settled(engine: timing.Engine, calls: int, lead: int = 1) -> float:
+def _settled(engine: timing.Engine, _calls: int) -> float:
+    """Of as many calls as fill the time, so that a fast engine is as warm as a slow one."""
     time.sleep(_SETTLE)
-    timing.wall_clock(engine, lead)
-    return timing.wall_clock(engine, calls)
+    _for(_LEAD, engine)
+    return _for(_SAMPLE, engine)
+
+
+def _for(seconds: float, engine: timing.Engine) -> float:
+    """Seconds of a call, of as many as begin within `seconds`."""
+    start, done, spent = time.perf_counter(), 0, 0.0
+    while spent < seconds or not done:
+        engine()
+        done += 1
+        spent = time.perf_counter() - start
+    return spent / done

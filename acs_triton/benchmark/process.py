@@ -5,11 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from typing import Any
 
 _CAPACITY, _KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384"
-# Of mallopt in glibc's malloc.h, and the largest that they take.
+# Of mallopt in glibc's malloc.h, and large values; glibc before 2.35 takes no larger one than the second for mapping.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_NEVER_TRIM, _NEVER_MAP = (1 << 31) - 1, 1 << 30
+_NEVER_TRIM, _NEVER_MAP, _OLDER_MAP = (1 << 31) - 1, 1 << 30, 32 << 20
+
+
+def prepare() -> dict[str, Any]:
+    """Both of the below, for the life of the process; says what was done. To be called first of all."""
+    return {"kernels_kept": keep_kernels(), "freed_memory_kept": keep_freed_memory()}
 
 
 def keep_kernels() -> str:
@@ -33,4 +39,6 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_TRIM_THRESHOLD, _NEVER_TRIM)) and bool(mallopt(_MMAP_THRESHOLD, _NEVER_MAP))
+    # In this order: to set one ends glibc's own choice of the other, whose first value is 128 KiB.
+    maps = mallopt(_MMAP_THRESHOLD, _NEVER_MAP) or mallopt(_MMAP_THRESHOLD, _OLDER_MAP)
+    return bool(maps) and bool(mallopt(_TRIM_THRESHOLD, _NEVER_TRIM))
