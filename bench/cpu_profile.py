@@ -40,7 +40,7 @@ Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
 def profile(model: ACSModel, batches: Sequence[Tensor]) -> dict[str, float]:
-    """Milliseconds of a forward and of its parts, medians over masks, and the number of calls.
+    """Milliseconds of a forward and of its parts, means over masks of medians, and the number of calls.
 
     forward: as it is. in_a_row: its calls of oneDNN without anything between them. hot: the same, each many times.
     gates: with their decisions.

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from acs_triton.benchmark import process
 from acs_triton.benchmark.measure import Pass
 from acs_triton.benchmark.setting import ENGINES, PRUNED, Setting, Variant, pruned_name
 from acs_triton.machine import machine
+
+process.prepare()
 
 DENSITIES = (0.25, 0.5, 1.0)
 GATES = ("gap", "acs")
