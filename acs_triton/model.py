@@ -84,8 +84,10 @@ class ACSModel(AdoptedModule, GatedModel):
 
         Returns the way, "gather", "groups" or "dense", by span name. Without it, a cost model chooses. The choice
         outlives a change of weights; like every cache it is not in the state dict and not copied by deepcopy.
-        RuntimeError while training or on another device.
+        TypeError for what is no tensor, RuntimeError while training or on another device.
         """
+        if not isinstance(example_input, Tensor):
+            raise TypeError(f"tune: example_input must be a tensor [N, C, H, W], got {type(example_input).__name__}")
         with self.set_mode("sparse"):
             return tune.tune(self, example_input)
 

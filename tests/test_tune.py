@@ -120,3 +120,10 @@ def test_a_network_with_nothing_but_one_span() -> None:
 
     model = convert_model(Two().eval(), gate="gap")
     assert list(model.tune(images())) == ["a"]
+
+
+def test_what_is_no_tensor_is_refused_by_name() -> None:
+    model = converted()
+    with pytest.raises(TypeError, match=r"tune: example_input must be a tensor \[N, C, H, W\], got list"):
+        model.tune([1])  # type: ignore[arg-type]
+    assert model.mode == "sparse"
