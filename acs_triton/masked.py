@@ -108,10 +108,14 @@ class MaskedModel(nn.Module):
         else:
             assert density is not None
             source = RandomMasks.checked(density, seed, self.report.gated, next(self.parameters()).device)
-        earlier = self._caches.override
-        self._caches.override = source
-        try:
+        with self._overridden_by(source):
             yield self
+
+    @contextmanager
+    def _overridden_by(self, source: MaskSource) -> Iterator[None]:
+        earlier, self._caches.override = self._caches.override, source
+        try:
+            yield
         finally:
             self._caches.override = earlier
 

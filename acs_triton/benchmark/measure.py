@@ -60,7 +60,7 @@ class Pass:
     """One pass; a context manager, because threads are set while it lasts.
 
     engines: those that compute the right thing, by name.
-    ours: by name, all of ours, of which one gate and granularity is one model.
+    ours: all of ours, by name; densities share a model, where none is tuned and masks are not known.
     record: what `run` found, as JSON can hold it, with seconds everywhere. `times` has the engines that ran: median,
         p10, p90, samples. `parity` has all of them: error, allowed, ok; one that is not ok is not timed. `missing` has
         those that do not exist here, and why. `ours`, by engine: gate, granularity, density, MACs a sample, and the

@@ -30,13 +30,9 @@ class Ours:
     @contextmanager
     def deciding(self) -> Iterator[None]:
         """Inside the block the model runs under these masks."""
-        caches = self.model._caches
-        earlier, caches.override = caches.override, self.masks
-        try:
-            with nullcontext() if self.variant.known_masks else ways.fresh_masks():
-                yield
-        finally:
-            caches.override = earlier
+        fresh = nullcontext() if self.variant.known_masks else ways.fresh_masks()
+        with self.model._overridden_by(self.masks), fresh:
+            yield
 
     def __call__(self, x: Tensor) -> Tensor:
         with self.deciding():
