@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import sparse, ways
+from . import sparse, sparse_gates, ways
 from .channelwise import is_global_pool, is_plain_linear
 from .emit_base import geometry_of
 from .emit_dynamic import DynamicGroupWriter
@@ -254,7 +254,7 @@ class Emitter(DynamicGroupWriter):
         packed = [(self._packed(weight), self._packed(bias), *sizes) for weight, bias, *sizes in heads]
         w1 = self._packed(self.orders.columns(gate.reduce.weight, source).float())
         b1 = self._packed(gate.reduce.bias.float())
-        return self.graph.call_function(sparse.pooled_gate, (*common, w1, b1, packed, names))
+        return self.graph.call_function(sparse_gates.pooled_gate, (*common, w1, b1, packed, names))
 
     def _conv_gate(
         self, common: tuple[Any, ...], front: Tensor, shift: Tensor, tails: list[Any], names: list[str]
@@ -262,7 +262,7 @@ class Emitter(DynamicGroupWriter):
         in_gated = common[2] is not None
         weights = (self._packed(storage(front, in_gated, False)), self._packed(shift))
         packed = [(self._packed(matrix), self._packed(bias), *sizes) for matrix, bias, *sizes in tails]
-        return self.graph.call_function(sparse.conv_gate, (*common, *weights, packed, names))
+        return self.graph.call_function(sparse_gates.conv_gate, (*common, *weights, packed, names))
 
 
 def storage(weight: Tensor, in_gated: bool, out_gated: bool) -> Tensor:

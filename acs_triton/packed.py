@@ -16,7 +16,8 @@ from .dispatch import implementation, run_direct
 from .onednn import activate_
 from .ops import ActiveChannels, flat
 from .reference.gated_conv2d import sides, spatial_size
-from .sparse import MERGED, Geometry
+from .sparse import Geometry
+from .sparse_gates import MERGED
 
 if TYPE_CHECKING:
     from .gated import GatedModel

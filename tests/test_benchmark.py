@@ -17,7 +17,7 @@ import torch
 from benchmark_cases import SIZE, setting, tiny
 from torch import Tensor, nn
 
-from acs_triton import ACSModel, cli, convert_model, onednn, sparse
+from acs_triton import ACSModel, cli, convert_model, onednn, sparse_gates
 from acs_triton.benchmark import engines, measure, table
 from acs_triton.benchmark.engines import Engine
 from acs_triton.benchmark.gate_time import gate_seconds
@@ -289,13 +289,13 @@ def test_what_parity_allows() -> None:
 
 
 def test_gate_seconds_are_those_of_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = sparse.pooled_gate
+    quick = sparse_gates.pooled_gate
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.02)
         return quick(*arguments)
 
-    monkeypatch.setattr(sparse, "pooled_gate", slow)
+    monkeypatch.setattr(sparse_gates, "pooled_gate", slow)
     model, x = convert_model(tiny().eval(), gate="gap"), torch.randn(1, *SIZE)
     with pytest.raises(RuntimeError, match="not lowered"):
         gate_seconds(model, x, 1)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cpu, ops, packed, regroup, sparse
+from .. import cpu, ops, packed, regroup, sparse, sparse_gates
 from ..dispatch import run_direct
 from ..emit import storage
 from ..fold import Affine, DynamicGroups, merged_convs, norm_affine, window_matrix
@@ -207,7 +207,7 @@ class Gate:
             x = x[:, : int(active.count.max())]
         weights = (self.first, self.shift)
         if not self.on_kernels:
-            run = sparse.pooled_gate if self.pooled else sparse.conv_gate
+            run = sparse_gates.pooled_gate if self.pooled else sparse_gates.conv_gate
             (decided,) = run(model, x, active, *weights, [(*self.head, *self.sizes)], [self.span])
             found = sparse.compacted(decided)
             assert found is not None  # a decision
