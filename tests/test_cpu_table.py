@@ -56,9 +56,24 @@ def test_the_markdown_table_has_a_row_for_each_gate_and_granularity() -> None:
     assert head.count("|") == row.count("|")
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
-        "net", "1", "gap", "4 a layer", "openvino 10.0", "2.00x (3.20x folded) 5.0 ms", "0.83x (1.33x folded) 12.0 ms",
-        "", "2.00x",
+        "net", "1", "openvino 10.0", "folded 16.0", "gap, 4", "2.00x (3.20x)", "0.83x (1.33x)", "2.00x",
     ]  # fmt: skip
+
+
+def test_the_markdown_table_names_a_network_once_and_its_groups_in_words() -> None:
+    record = crafted(**RECORD)
+    record["setting"] |= {"granularities": ("groups:4", "auto", 1, 16), "known_masks": True, "engines": ()}
+    record["ours"]["gap groups:4 d=0.25"] |= {"granularity": 16, "known_masks": True}
+    record["fastest_dense"] = "folded"
+    _, _, *rows = table.markdown({"net": record}).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["net"] + [""] * 7
+    assert [row[4] for row in cells] == [
+        *("gap, 4", "gap, auto", "gap, each channel", "gap, of 16 channels"),
+        *("gap, 4, known masks", "gap, auto, known masks"),
+        *("gap, each channel, known masks", "gap, of 16 channels, known masks"),
+    ]  # fmt: skip
+    assert [row[5] for row in cells] == [""] * 7 + ["3.20x"]  # the fastest dense engine is PyTorch's own
 
 
 def test_the_chart_shows_gains_and_losses(tmp_path: Path) -> None:

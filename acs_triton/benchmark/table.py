@@ -39,16 +39,22 @@ def text(key: str, record: Record) -> str:
 def markdown(passes: Mapping[str, Record]) -> str:
     """All passes as one table: a row for each gate and granularity, a column for each density."""
     densities = sorted({float(density) for record in passes.values() for density in record["setting"]["densities"]})
-    head = ["network", "batch", "gate", "groups", "fastest dense, ms", *(f"d = {density:g}" for density in densities)]
-    head += [f"of pruned, d = {density:g}" for density in densities if density < 1]
+    narrower = [f"{density:g}" for density in densities if density < 1]
+    head = ["network", "batch", "fastest dense, ms", "fastest of PyTorch, ms", "gate, groups a layer"]
+    head += [*(f"d = {density:g}" for density in densities), f"of pruned, {' / '.join(narrower)}"]
     rows = [head, ["---"] * len(head)]
     for record in passes.values():
         setting = record["setting"]
         kinds = [(gate, False) for gate in setting["gates"]]
         kinds += [(setting["gates"][0], True)] if setting.get("known_masks") else []
+        named = [
+            setting["network"], str(setting["batch"]), _named(record, record["fastest_dense"]),
+            _named(record, _fastest(record, PYTORCH)),
+        ]  # fmt: skip
         for gate, known_masks in kinds:
             for granularity in setting["granularities"]:
-                rows.append(_markdown_row(record, gate, known_masks, granularity, densities))
+                rows.append([*named, *_markdown_cells(record, gate, known_masks, granularity, densities)])
+                named = [""] * len(named)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -67,10 +73,10 @@ def milliseconds(found: Mapping[str, float]) -> str:
     return f"{1e3 * found['median']:.2f} ({1e3 * found['p10']:.2f}-{1e3 * found['p90']:.2f})"
 
 
-def _markdown_row(
+def _markdown_cells(
     record: Record, gate: str, known_masks: bool, granularity: int | str, densities: Sequence[float]
 ) -> list[str]:
-    setting, times, fastest = record["setting"], record["times"], record["fastest_dense"]
+    times, fastest, within = record["times"], record["fastest_dense"], _fastest(record, PYTORCH)
     by_density = {
         ours["density"]: name for name, ours in record["ours"].items()
         if (ours["gate"], ours["granularity"]) == (gate, granularity) and ours.get("known_masks", False) == known_masks
@@ -83,14 +89,21 @@ def _markdown_row(
         elif name not in times:
             cells.append("parity failed")
         else:
-            cells.append(f"{speed_up(record, name)} {1e3 * times[name]['median']:.1f} ms".strip())
-        if density < 1:
-            pruned.append("" if name is None else _factor(_ratio(times, name, pruned_name(density))))
-    dense = "" if fastest is None else f"{fastest} {1e3 * times[fastest]['median']:.1f}"
-    word, _, count = str(granularity).partition(":")
-    groups = f"{count} a layer" if count else word
-    told = f"{gate}, known masks" if known_masks else gate
-    return [setting["network"], str(setting["batch"]), told, groups, dense, *cells, *pruned]
+            over = _factor(_ratio(times, str(fastest), name))
+            cells.append(over if within in (None, fastest) else f"{over} ({_factor(_ratio(times, str(within), name))})")
+        if density < 1 and name is not None:
+            pruned.append(_factor(_ratio(times, name, pruned_name(density))))
+    told = f"{gate}, {_groups(granularity)}{', known masks' if known_masks else ''}"
+    return [told, *cells, " / ".join(filter(None, pruned))]
+
+
+def _groups(granularity: int | str) -> str:
+    _, _, count = str(granularity).partition(":")
+    return count or {"auto": "auto", 1: "each channel"}.get(granularity, f"of {granularity} channels")
+
+
+def _named(record: Record, name: str | None) -> str:
+    return "" if name is None else f"{name} {1e3 * record['times'][name]['median']:.1f}"
 
 
 def order(name: str, record: Record) -> tuple[int, int]:
