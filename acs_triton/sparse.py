@@ -1,4 +1,4 @@
-"""What the lowered graph calls: each function runs one fused step on active channels.
+"""What the lowered graph calls (`sparse_gates` for its gates): each function runs one fused step on active channels.
 
 On a CPU, outside of a compiler, decisions are known on the host, and a compact value is `parts.Parts`; everywhere else
 it is a tensor with the width of the operators' contract.

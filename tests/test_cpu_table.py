@@ -56,13 +56,13 @@ def test_the_markdown_table_has_a_row_for_each_gate_and_granularity() -> None:
     assert head.count("|") == row.count("|")
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
-        "net", "1", "openvino 10.0", "folded 16.0", "gap, 4", "2.00x (3.20x)", "0.83x (1.33x)", "2.00x",
+        "net", "1", "openvino 10.0", "folded 16.0", "gap, 4", "2.00x (3.20x)", "0.83x (1.33x)", "- / 2.00x",
     ]  # fmt: skip
 
 
 def test_the_markdown_table_names_a_network_once_and_its_groups_in_words() -> None:
     record = crafted(**RECORD)
-    record["setting"] |= {"granularities": ("groups:4", "auto", 1, 16), "known_masks": True, "engines": ()}
+    record["setting"] |= {"granularities": ("groups:4", "auto", 1, 16), "known_masks": True}
     record["ours"]["gap groups:4 d=0.25"] |= {"granularity": 16, "known_masks": True}
     record["fastest_dense"] = "folded"
     _, _, *rows = table.markdown({"net": record}).splitlines()
@@ -74,6 +74,18 @@ def test_the_markdown_table_names_a_network_once_and_its_groups_in_words() -> No
         *("gap, each channel, known masks", "gap, of 16 channels, known masks"),
     ]  # fmt: skip
     assert [row[5] for row in cells] == [""] * 7 + ["3.20x"]  # the fastest dense engine is PyTorch's own
+
+
+def test_the_markdown_table_where_something_was_not_timed() -> None:
+    record = crafted(**RECORD)
+    record["ours"]["gap groups:4 d=0.50"]["density"] = 0.5
+    del record["times"]["gap groups:4 d=0.50"]
+    record["fastest_dense"] = None
+    head, _, row = table.markdown({"net": record}).splitlines()
+    assert row.endswith("| gap, 4 | 5.0 ms | parity failed |  |") and head.endswith("| of pruned, 0.25 / 0.5 |")
+    record["setting"]["densities"] = (1.0,)
+    head, _, row = table.markdown({"net": record}).splitlines()
+    assert head.endswith("| d = 1 |") and head.count("|") == row.count("|")
 
 
 def test_the_chart_shows_gains_and_losses(tmp_path: Path) -> None:

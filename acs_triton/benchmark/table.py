@@ -37,11 +37,14 @@ def text(key: str, record: Record) -> str:
 
 
 def markdown(passes: Mapping[str, Record]) -> str:
-    """All passes as one table: a row for each gate and granularity, a column for each density."""
+    """All passes as one table: a row for each gate and granularity, then for known masks, a column for each density,
+    and one for what is pruned, where "-" stands for a density that has no figure.
+    """
     densities = sorted({float(density) for record in passes.values() for density in record["setting"]["densities"]})
     narrower = [f"{density:g}" for density in densities if density < 1]
     head = ["network", "batch", "fastest dense, ms", "fastest of PyTorch, ms", "gate, groups a layer"]
-    head += [*(f"d = {density:g}" for density in densities), f"of pruned, {' / '.join(narrower)}"]
+    head += [f"d = {density:g}" for density in densities]
+    head += [f"of pruned, {' / '.join(narrower)}"] if narrower else []
     rows = [head, ["---"] * len(head)]
     for record in passes.values():
         setting = record["setting"]
@@ -89,12 +92,23 @@ def _markdown_cells(
         elif name not in times:
             cells.append("parity failed")
         else:
-            over = _factor(_ratio(times, str(fastest), name))
-            cells.append(over if within in (None, fastest) else f"{over} ({_factor(_ratio(times, str(within), name))})")
-        if density < 1 and name is not None:
-            pruned.append(_factor(_ratio(times, name, pruned_name(density))))
+            cells.append(_over(times, name, fastest, within))
+        if density < 1:
+            pruned.append(_factor(None if name is None else _ratio(times, name, pruned_name(density))) or "-")
     told = f"{gate}, {_groups(granularity)}{', known masks' if known_masks else ''}"
-    return [told, *cells, " / ".join(filter(None, pruned))]
+    if not pruned:
+        return [told, *cells]
+    while pruned and pruned[-1] == "-":
+        del pruned[-1]
+    return [told, *cells, " / ".join(pruned)]
+
+
+def _over(times: Mapping[str, Any], name: str, fastest: str | None, within: str | None) -> str:
+    """The speed-up over the fastest dense engine, and over the fastest of PyTorch where that is another one."""
+    if fastest is None:
+        return f"{1e3 * times[name]['median']:.1f} ms"
+    over = _factor(_ratio(times, fastest, name))
+    return over if within in (None, fastest) else f"{over} ({_factor(_ratio(times, str(within), name))})"
 
 
 def _groups(granularity: int | str) -> str:
