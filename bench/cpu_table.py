@@ -57,9 +57,8 @@ def plan(networks: Sequence[str], batches: Sequence[int], options: dict[str, Any
     return passes
 
 
-def opened(path: Path, threads: int) -> dict[str, Any]:
-    """The content of the file where it was made from the same sources, on the same machine; else a new one."""
-    fresh = results.new(threads) | {"sources": digest_of(SOURCES)}
+def opened(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The content of the file where it was made from the same sources, on the same machine; else the fresh one."""
     if not path.exists():
         return fresh
     known: dict[str, Any] = json.loads(path.read_text())
@@ -103,8 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.seconds:
         options["seconds"] = given.seconds
     prepared = process.prepare()
-    path = given.out or default_path(results.new(given.threads)["machine"])
-    content = opened(path, given.threads) | {"process": prepared}
+    fresh = results.new(given.threads) | {"sources": digest_of(SOURCES)}
+    path = given.out or default_path(fresh["machine"])
+    content = opened(path, fresh) | {"process": prepared}
     for setting in plan(given.networks, given.batch, options):
         if done(content, setting):
             print(f"{setting.key}: measured already", file=sys.stderr)

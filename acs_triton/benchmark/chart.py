@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .engines import HOW
-from .table import Record, label, order, speed_up
+from .table import Record, label, order, speed_ups
 
 # Told apart in grey, and by readers who confuse red and green; a word beside each bar says the same.
 _DENSE, _BOUND, _FASTER, _SLOWER = "#9aa3ad", "#c9ced4", "#2166ac", "#d6742b"
@@ -53,7 +53,7 @@ def _panel(axes: Any, record: Record) -> None:
             colour = _DENSE if name in HOW else _BOUND
         axes.barh(row, middle, height=0.72, color=colour)
         axes.plot([low, high], [row, row], color=_INK, linewidth=1.2, solid_capstyle="butt")
-        factor = speed_up(record, name).partition(" ")[0]
+        factor = next(iter(speed_ups(record, name).values()), "")
         for place, word in ((1.13, f"{middle:.1f} ms"), (1.22, factor)):
             axes.text(place, row, word, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=10,
                       color=_INK)  # fmt: skip

@@ -62,14 +62,21 @@ def markdown(passes: Mapping[str, Record]) -> str:
 
 
 def speed_up(record: Record, name: str) -> str:
-    """Of an engine against the fastest dense one, with the one against the fastest of PyTorch where they differ."""
-    fastest, within = record["fastest_dense"], _fastest(record, PYTORCH)
+    """The first of `speed_ups`, and of ours the second in brackets, with its engine."""
+    (_, told), *others = speed_ups(record, name).items() or [("", "")]
+    within = [f"({factor} {rival})" for rival, factor in others]
+    return " ".join([told, *(within if name in record["ours"] else [])])
+
+
+def speed_ups(record: Record, name: str) -> dict[str, str]:
+    """Of an engine over the fastest dense one, then over the fastest of PyTorch where that is another; none where no
+    dense engine was timed.
+    """
+    fastest = record["fastest_dense"]
     if fastest is None:
-        return ""
-    told = _factor(_ratio(record["times"], fastest, name))
-    if name in record["ours"] and within not in (None, fastest):
-        told += f" ({_factor(_ratio(record['times'], str(within), name))} {within})"
-    return told
+        return {}
+    rivals = dict.fromkeys((fastest, _fastest(record, PYTORCH) or fastest))
+    return {rival: _factor(_ratio(record["times"], rival, name)) for rival in rivals}
 
 
 def milliseconds(found: Mapping[str, float]) -> str:
@@ -79,7 +86,7 @@ def milliseconds(found: Mapping[str, float]) -> str:
 def _markdown_cells(
     record: Record, gate: str, known_masks: bool, granularity: int | str, densities: Sequence[float]
 ) -> list[str]:
-    times, fastest, within = record["times"], record["fastest_dense"], _fastest(record, PYTORCH)
+    times = record["times"]
     by_density = {
         ours["density"]: name for name, ours in record["ours"].items()
         if (ours["gate"], ours["granularity"]) == (gate, granularity) and ours.get("known_masks", False) == known_masks
@@ -92,23 +99,12 @@ def _markdown_cells(
         elif name not in times:
             cells.append("parity failed")
         else:
-            cells.append(_over(times, name, fastest, within))
+            over, *within = speed_ups(record, name).values() or [f"{1e3 * times[name]['median']:.1f} ms"]
+            cells.append(" ".join([over, *(f"({factor})" for factor in within)]))
         if density < 1:
             pruned.append(_factor(None if name is None else _ratio(times, name, pruned_name(density))) or "-")
     told = f"{gate}, {_groups(granularity)}{', known masks' if known_masks else ''}"
-    if not pruned:
-        return [told, *cells]
-    while pruned and pruned[-1] == "-":
-        del pruned[-1]
-    return [told, *cells, " / ".join(pruned)]
-
-
-def _over(times: Mapping[str, Any], name: str, fastest: str | None, within: str | None) -> str:
-    """The speed-up over the fastest dense engine, and over the fastest of PyTorch where that is another one."""
-    if fastest is None:
-        return f"{1e3 * times[name]['median']:.1f} ms"
-    over = _factor(_ratio(times, fastest, name))
-    return over if within in (None, fastest) else f"{over} ({_factor(_ratio(times, str(within), name))})"
+    return [told, *cells, *([" / ".join(pruned).rstrip(" /-")] if pruned else [])]
 
 
 def _groups(granularity: int | str) -> str:
