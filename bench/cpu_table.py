@@ -10,7 +10,6 @@ begun anew.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import re
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from acs_triton.arguments import granularity, positive
-from acs_triton.benchmark import chart, process, results, table
+from acs_triton.benchmark import chart, results, table
 from acs_triton.benchmark.measure import measure
 from acs_triton.benchmark.setting import Setting
 from acs_triton.gates import GATE_CLASSES
@@ -101,10 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["densities"] = tuple(given.density)
     if given.seconds:
         options["seconds"] = given.seconds
-    prepared = process.prepare()
     fresh = results.new(given.threads) | {"sources": digest_of(SOURCES)}
     path = given.out or default_path(fresh["machine"])
-    content = opened(path, fresh) | {"process": prepared}
+    content = opened(path, fresh)
     for setting in plan(given.networks, given.batch, options):
         if done(content, setting):
             print(f"{setting.key}: measured already", file=sys.stderr)
@@ -112,7 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(setting.key, file=sys.stderr)
         content["passes"][setting.key] = measure(setting, stage)
         results.save(content, path)
-        gc.collect()  # engines of the pass before hold weights and threads
     chart.draw(content["passes"], path.with_suffix(".png"), results.machine_line(content))
     print(shown(content))
     return 0 if all(found["ok"] for record in content["passes"].values() for found in record["parity"].values()) else 1

@@ -2,8 +2,9 @@
 
     make bench        or        python -m pytest bench --benchmark-only
 
-Every engine is timed by pytest-benchmark; the speed-ups come from one interleaved pass over all of them and stand in
-`extra_info` of each, with the MACs. An engine that does not compute what it must fails here and is not timed.
+Every engine runs in a process of its own, and pytest-benchmark times it from request to answer; the speed-ups come from
+one interleaved pass over all of them and stand in `extra_info` of each, with the MACs. An engine that does not compute
+what it must fails here and is not timed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from acs_triton.benchmark import process
 from acs_triton.benchmark.measure import Pass
 from acs_triton.benchmark.setting import ENGINES, PRUNED, Setting, Variant, pruned_name
 from acs_triton.machine import machine
-
-process.prepare()
 
 DENSITIES = (0.25, 0.5, 1.0)
 GATES = ("gap", "acs")
@@ -58,5 +55,4 @@ def test_latency(benchmark, measured: Pass, engine: str) -> None:  # type: ignor
         "interleaved": record["times"][engine],
         **record["ours"].get(engine, {}),
     }
-    with torch.inference_mode():
-        benchmark(measured.turning(engine))
+    benchmark(measured.hosts[engine].call, engine)

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from acs_triton.benchmark.host import Host
+from acs_triton.benchmark.jobs import Job
+from acs_triton.benchmark.measure import Start
 from acs_triton.benchmark.setting import Setting
 
 SIZE = (3, 8, 8)
@@ -26,3 +29,12 @@ def setting(**options: Any) -> Setting:
         "engines": ("eager", "folded", "pruned", "mask-multiply"),
     }  # fmt: skip
     return Setting(**usual | options)
+
+
+def here(network: nn.Module) -> Start:
+    """Jobs of this network, all in this process."""
+
+    def start(setting: Setting, job: Job) -> Host:
+        return Host(setting, job, network)
+
+    return start

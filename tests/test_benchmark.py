@@ -9,27 +9,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmark_cases import SIZE, setting, tiny
+from benchmark_cases import SIZE, here, setting, tiny
 from torch import Tensor, nn
 
 from acs_triton import ACSModel, cli, convert_model, onednn, sparse_gates
-from acs_triton.benchmark import engines, measure, table
+from acs_triton.benchmark import clock, command, engines, host, measure, table
 from acs_triton.benchmark.engines import Engine
 from acs_triton.benchmark.gate_time import gate_seconds
+from acs_triton.benchmark.host import Host
 from acs_triton.benchmark.measure import Pass
 from acs_triton.benchmark.parity import compare
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_SETTLE", 0.0)
-    monkeypatch.setattr(measure, "_LEAD", 0.0)
-    monkeypatch.setattr(measure, "_SAMPLE", 0.0)
+    monkeypatch.setattr(clock, "SETTLE", 0.0)
+    monkeypatch.setattr(clock, "LEAD", 0.0)
+    monkeypatch.setattr(clock, "SAMPLE", 0.0)
     monkeypatch.setattr(measure, "_CHOICE_SECONDS", 0.02)
 
 
@@ -37,8 +39,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured() -> Iterator[Pass]:
     patched = pytest.MonkeyPatch()
     patched.setattr(measure, "_CHOICE_SECONDS", 0.02)
-    with Pass(setting(batch=2, gates=("gap", "acs"))) as run:
-        run.run(tiny())
+    with Pass(setting(batch=2, gates=("gap", "acs")), start=here(tiny())) as run:
+        run.run()
         yield run
     patched.undo()
 
@@ -70,32 +72,40 @@ def test_macs_stand_beside_the_times(measured: Pass) -> None:
     assert half["executed"] <= half["dense"] and half["gates"] > 0
 
 
+def host_of(measured: Pass, name: str) -> Host:
+    host = measured.hosts[name]
+    assert isinstance(host, Host)
+    return host
+
+
 def test_masks_are_new_at_every_forward_and_of_the_density(measured: Pass) -> None:
-    model, turning = measured.ours["gap 4 d=0.5"].model, measured.turning("gap 4 d=0.5")
+    host = host_of(measured, "gap 4 d=0.5")
     seen = set()
     for _ in range(16):
-        with torch.inference_mode():
-            turning()
-        (mask,) = model.masks().values()
+        host.call("gap 4 d=0.5")
+        (mask,) = host.ours["gap 4 d=0.5"].model.masks().values()
         assert mask.sum(1).tolist() == [8, 8]
         seen.add(mask.numpy().tobytes())
     assert len(seen) > 4
 
 
 def test_densities_share_a_model_and_leave_it_without_masks(measured: Pass) -> None:
-    gap = {density: measured.ours[f"gap 4 d={density}"] for density in ("0.5", "1")}
-    assert gap["0.5"].model is gap["1"].model
+    host = host_of(measured, "gap 4 d=0.5")
+    assert host is measured.hosts["gap 4 d=1"]
+    model = host.ours["gap 4 d=1"].model
+    for density in ("0.5", "1", "0.5"):
+        host.call(f"gap 4 d={density}")
+        assert set(model.densities().values()) == {float(density)}
     with torch.inference_mode():
-        for density in ("0.5", "1", "0.5"):
-            measured.turning(f"gap 4 d={density}")()
-            assert set(gap["1"].model.densities().values()) == {float(density)}
-        gap["1"].model(measured.rotation[0])
-    assert gap["1"].model._caches.forced == {}
+        model(host.rotation[0])
+    assert model._caches.forced == {}
 
 
 def test_the_pruned_network_is_as_narrow_as_the_masks(measured: Pass) -> None:
-    assert measured.engines["pruned d=0.5"].on(measured.rotation[0]).shape == (2, 4, 8, 8)
-    convs = [module for module in measured.engines["pruned d=0.5"].run.modules() if isinstance(module, nn.Conv2d)]  # type: ignore[attr-defined]
+    host = host_of(measured, "pruned d=0.5")
+    engine = host.engines["pruned d=0.5"]
+    assert engine.on(host.rotation[0]).shape == (2, 4, 8, 8)
+    convs = [module for module in engine.run.modules() if isinstance(module, nn.Conv2d)]  # type: ignore[attr-defined]
     assert [(conv.in_channels, conv.out_channels) for conv in convs] == [(3, 8), (8, 8), (8, 4)]
 
 
@@ -167,24 +177,19 @@ def test_a_sample_has_as_many_calls_as_fill_its_time(monkeypatch: pytest.MonkeyP
         calls[0] += 1
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(measure, "_LEAD", 0.9)
-    monkeypatch.setattr(measure, "_SAMPLE", 0.5)
-    assert measure._settled(engine, 1) == 0.25
+    monkeypatch.setattr(clock, "LEAD", 0.9)
+    monkeypatch.setattr(clock, "SAMPLE", 0.5)
+    assert clock.sample(engine, lead=True) == 0.25
     assert calls[0] == 4 + 2
-    monkeypatch.setattr(measure, "_LEAD", 0.0)
-    assert measure._settled(engine, 1) == 0.25
-    assert calls[0] == 6 + 1 + 2
-
-
-def test_threads_are_set_for_the_pass_alone() -> None:
-    before = torch.get_num_threads()
-    with Pass(setting(threads=before + 1)):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
+    assert clock.sample(engine, lead=False) == 0.25
+    assert calls[0] == 6 + 2
+    monkeypatch.setattr(clock, "LEAD", 0.0)
+    assert clock.sample(engine, lead=True) == 0.25
+    assert calls[0] == 8 + 1 + 2
 
 
 def test_bf16() -> None:
-    record = measure.measure(setting(dtype="bf16", densities=(0.5,), engines=("folded",)), network=tiny())
+    record = measure.measure(setting(dtype="bf16", densities=(0.5,), engines=("folded",)), start=here(tiny()))
     assert set(record["times"]) == {"eager", "folded", "gap 4 d=0.5"}
     assert all(0 < found["allowed"] < 0.5 and found["ok"] for found in record["parity"].values())
 
@@ -198,7 +203,7 @@ def test_tune_gets_a_batch_under_the_masks(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append((tuple(x.shape), *model.densities().values()))
 
     monkeypatch.setattr(ACSModel, "tune", tune, raising=False)
-    measure.measure(setting(tune=True, densities=(0.25, 1.0), engines=()), network=tiny())
+    measure.measure(setting(tune=True, densities=(0.25, 1.0), engines=()), start=here(tiny()))
     assert seen == [((1, *SIZE), 0.25), ((1, *SIZE), 1.0)]
 
 
@@ -232,7 +237,7 @@ def test_a_wrong_setting_is_refused(options: dict[str, Any], message: str) -> No
 )
 def test_a_network_that_cannot_be_measured_is_refused(network: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        measure.measure(setting(), network=network)
+        measure.measure(setting(), start=here(network))
 
 
 # ---------------------------------------------------------------------- parity
@@ -243,7 +248,7 @@ def test_a_dense_engine_that_computes_something_else_is_not_timed(monkeypatch: p
         return Engine(lambda batch: network(batch) * 1.01)
 
     monkeypatch.setitem(engines._BUILDERS, "folded", wrong)
-    record = measure.measure(setting(), network=tiny())
+    record = measure.measure(setting(), start=here(tiny()))
     assert not record["parity"]["folded"]["ok"]
     assert "folded" not in record["times"] and record["fastest_dense"] == "eager"
     (line,) = (line for line in table.text("tiny", record).splitlines() if line.startswith("folded"))
@@ -265,8 +270,8 @@ def test_a_sparse_model_that_computes_something_else_is_not_timed(monkeypatch: p
         model.lower = lower
         return model
 
-    monkeypatch.setattr(measure, "convert_model", wrong)
-    record = measure.measure(setting(densities=(1.0,)), network=tiny())
+    monkeypatch.setattr(host, "convert_model", wrong)
+    record = measure.measure(setting(densities=(1.0,)), start=here(tiny()))
     assert not record["parity"]["gap 4 d=1"]["ok"]
     assert "gap 4 d=1" not in record["times"] and "gate_seconds" not in record["ours"]["gap 4 d=1"]
     assert "parity failed" in table.markdown({"tiny": record})
@@ -311,6 +316,11 @@ def test_gate_seconds_are_those_of_the_gates(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.fixture
+def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "measure", partial(measure.measure, start=Host))
+
+
 def run_command(folder: Path, *more: str) -> int:
     return cli.main([
         "bench", "resnet18:layer1", "--size", "64x8x8", "--batch", "1", "2", "--density", "0.5", "--seconds", "0.05",
@@ -333,6 +343,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_chart(
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_without_matplotlib_there_is_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +353,7 @@ def test_without_matplotlib_there_is_a_note(
     assert (tmp_path / "bench.json").exists() and not (tmp_path / "bench.png").exists()
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_failed_parity_is_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from benchmark_cases import SIZE, setting, tiny
+from benchmark_cases import SIZE, here, setting, tiny
 
 from acs_triton.benchmark import engines, measure, runtimes, table
 from acs_triton.benchmark.engines import UnavailableError
@@ -38,7 +38,7 @@ def test_a_missing_package_is_named_with_the_extra(package: str, monkeypatch: py
 
 def test_an_engine_that_is_not_here_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    record = measure.measure(setting(engines=("openvino",), densities=(1.0,)), network=tiny())
+    record = measure.measure(setting(engines=("openvino",), densities=(1.0,)), start=here(tiny()))
     assert list(record["missing"]) == ["openvino"]
     assert set(record["times"]) == {"eager", "gap 4 d=1"}
     assert "without openvino: the package openvino is not installed" in table.text("tiny", record)

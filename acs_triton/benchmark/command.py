@@ -10,7 +10,7 @@ from typing import Any
 from ..arguments import GRANULARITY_HELP, MODEL_HELP, granularity, input_size, positive
 from ..gates import GATE_CLASSES
 from ..progress import stage
-from . import chart, process, results, table
+from . import chart, results, table
 from .measure import measure
 from .setting import DTYPES, ENGINES, Setting
 
@@ -46,7 +46,6 @@ def add_parser(commands: Any) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measure, print, write. 1 if an engine did not compute what it must."""
-    prepared = process.prepare()
     settings = [
         Setting(
             network=arguments.model,
@@ -65,7 +64,7 @@ def bench(arguments: argparse.Namespace) -> int:
         for batch in dict.fromkeys(arguments.batch)
     ]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    content = results.new(arguments.threads) | {"process": prepared}
+    content = results.new(arguments.threads)
     for setting in settings:
         record = content["passes"][setting.key] = measure(setting, stage)
         if len(content["passes"]) == 1:

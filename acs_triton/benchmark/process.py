@@ -22,8 +22,8 @@ def keep_kernels() -> str:
     """Let oneDNN keep 16,384 kernels, unless the environment says how many; returns how many. To be called before it is
     used: it looks once.
 
-    A network of ours has some hundreds of shapes. Engines side by side come to more than the 1,024 that oneDNN keeps by
-    itself, and would make theirs anew at each turn, ours the more the more shapes it has.
+    A network of ours has some hundreds of shapes. Several networks or sizes of images in one process come to more than
+    the 1,024 that oneDNN keeps by itself, and would have theirs made anew again and again.
     """
     return os.environ.setdefault(_CAPACITY, _KERNELS)
 
