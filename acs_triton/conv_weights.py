@@ -71,13 +71,20 @@ class ConvWeights:
         self.plans: dict[tuple[object, ...], Any] = {}
         self._room, self._taken = room_of(weight), 0
         self._padded_biases: dict[int, np.ndarray] = {}
-        self._results: dict[tuple[int, int], tuple[int, int]] = {}
+        self._results: dict[tuple[int, int, int], tuple[int, int, int, int]] = {}
         self.masters = Masters(self.weight)
 
-    def result_size(self, height: int, width: int) -> tuple[int, int]:
-        known = self._results.get((height, width))
+    def is_true(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether it is in this dtype, and neither was written since."""
+        known, of_bias = self.versions
+        return dtype is self.dtype and weight._version == known and (bias is None or bias._version == of_bias)
+
+    def result_shape(self, samples: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Of the result for inputs [samples, ..., height, width]."""
+        known = self._results.get((samples, height, width))
         if known is None:
-            known = self._results[height, width] = self._result_size(height, width)
+            shape = (samples, self.c_out, *self._result_size(height, width))
+            known = self._results[samples, height, width] = shape
         return known
 
     def _result_size(self, height: int, width: int) -> tuple[int, int]:
@@ -214,9 +221,12 @@ def prepared(weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: tor
     if kept is None:
         kept = weight.__dict__["_acs_prepared"] = {}
     known = kept.get(dtype)
-    if known is None or known.versions != (weight._version, 0 if bias is None else bias._version):
+    if known is None or not known.is_true(weight, bias, dtype):
         if known is not None:
             known.forget_plans()
         with torch.inference_mode(False), torch.no_grad():
             known = kept[dtype] = ConvWeights(weight, bias, geometry, dtype)
+    if dtype == weight.dtype:
+        # To be found at once where nothing has to be asked.
+        weight.__dict__["_acs_plain"] = known
     return known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from itertools import pairwise, product
+from itertools import count, pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -64,12 +64,13 @@ class Kept:
 
     groups: the active ones, ascending. padded: the same, then `total`, a group of zeros, until their number is one that
     is run; at least one group. width: channels of compact tensors. slices: (first channel, number) of the runs of
-    groups that a convolution can be run in, if it can; run_widths: those numbers. form: what its cost depends on
-    besides those.
+    groups that a convolution can be run in, if it can; run_widths: those numbers. form, runs_form: what its cost
+    depends on, equal where it is, without those numbers and with them.
     """
 
     __slots__ = (
-        "_lists", "_row", "form", "granularity", "groups", "is_full", "padded", "run_widths", "slices", "total", "width"
+        "_lists", "_row", "form", "granularity", "groups", "is_full", "padded", "run_widths", "runs_form", "slices",
+        "total", "width",
     )  # fmt: skip
 
     def __init__(self, groups: list[int], total: int, granularity: int) -> None:
@@ -85,7 +86,8 @@ class Kept:
             runs = fewest_runs(groups, LONGEST_RUN)
             self.slices = [(first * granularity, number * granularity) for first, number in runs]
             self.run_widths = tuple([number for _, number in self.slices])
-        self.form = (self.width, granularity, self.is_full, bool(groups))
+        self.form: object = (self.width, granularity, self.is_full, bool(groups))
+        self.runs_form: object = (self.form, self.run_widths)
         self._share(_Lists([self.padded], total, granularity), 0)
 
     def _share(self, lists: _Lists, row: int) -> None:
@@ -147,6 +149,10 @@ def _kept_of(keep: bytes, granularity: int) -> Kept:
 _remembered = lru_cache(maxsize=_REMEMBERED)(_kept_of)
 
 
+_numbers: dict[object, int] = {}
+_next = count()
+
+
 @cache
 def _table(total: int, granularity: int) -> dict[bytes, Kept]:
     """All masks of so many groups."""
@@ -154,6 +160,8 @@ def _table(total: int, granularity: int) -> dict[bytes, Kept]:
     lists = _Lists([kept.padded for kept in found.values()], total, granularity)
     for row, kept in enumerate(found.values()):
         kept._share(lists, row)
+        # Numbers are found in a dict faster.
+        kept.form, kept.runs_form = (_numbers.setdefault(form, next(_next)) for form in (kept.form, kept.runs_form))
     return found
 
 

@@ -256,7 +256,8 @@ def pooled(x: Tensor) -> Tensor:
 def means(x: Parts | Tensor) -> np.ndarray:
     """Means over the pixels, fp32 [N, channels], zeros for skipped channels."""
     if isinstance(x, Tensor):
-        return pooled(x.float()).numpy().reshape(x.shape[0], x.shape[1])
+        of_pixels = pooled(x if x.dtype == torch.float32 else x.float()).numpy()
+        return of_pixels.reshape(of_pixels.shape[:2])
     active = x.active
     if x.whole is not None:
         mask = torch.from_numpy(active.keep).repeat_interleave(active.granularity, dim=1)

@@ -63,8 +63,7 @@ class ACSModel(AdoptedModule, GatedModel):
 
     def _run_lowered(self, lowered: Lowered, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._caches.parts_ran = set()
-        root = lowered.by_part[""]
-        return root.forward(self, self, root.tensors, *args, **kwargs)
+        return lowered.by_part[""].run(self, *args, **kwargs)
 
     def _lower(self, earlier: Lowered | None) -> Lowered:
         lowered = lower.lower(self, self._programs(), earlier, self._caches.expected)
@@ -117,8 +116,7 @@ class ACSModel(AdoptedModule, GatedModel):
         if caches.part_runner is not None:
             return caches.part_runner(part, inputs)
         if self._mode == "sparse" and caches.lowered is not None:
-            lowered = caches.lowered.by_part[part]
-            return lowered.forward(self, self, lowered.tensors, *inputs)
+            return caches.lowered.by_part[part].run(self, *inputs)
         return self._programs().by_part[part].forward(self, self, *inputs)
 
     @contextmanager

@@ -69,10 +69,11 @@ class _EntryPoints(NamedTuple):
 def _entry_points() -> _EntryPoints | None:
     try:
         unary, into = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
+        # `_op` is what an overload calls: a function of Python's less between two convolutions.
         return _EntryPoints(
-            unary.default, unary.binary, into.binary, torch._C._nn.mkldnn_reorder_conv2d_weight,
+            unary.default._op, unary.binary._op, into.binary._op, torch._C._nn.mkldnn_reorder_conv2d_weight,
             torch.ops.mkldnn.data_ptr.default, torch.ops.mkldnn._nbytes.default,
-            torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._reorder_linear_weight.default,
+            torch.ops.mkldnn._linear_pointwise.default._op, torch.ops.mkldnn._reorder_linear_weight.default,
         )  # fmt: skip
     except AttributeError:
         return None

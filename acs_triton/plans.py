@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import ways
+from . import running, ways
 from .buffers import Size
 from .conv_weights import Call, ConvWeights, Recipe
 from .decision import Active, Kept
@@ -40,15 +40,15 @@ class Plan:
 
 def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, in_runs: bool = False) -> Plan:
     """For inputs like x. in_runs: they come as `parts.Runs`, of which x is one."""
-    shape, threads = x.shape, torch.get_num_threads()
-    if ways.masks_are_fresh():
-        return _prepared(weights, shape, into, out, in_runs, threads)
-    key = (shape, into, out, in_runs, weights.tuned.way, ways.forced(), threads)
+    shape, run = x.shape, running.now()
+    if run.fresh:
+        return _prepared(weights, shape, into, out, in_runs, run)
+    key = (shape, into, out, in_runs, weights.tuned.way, run.forced, run.threads)
     known: Plan | None = weights.plans.get(key)
     if known is None:
         if len(weights.plans) >= _REMEMBERED:
             weights.forget_plans()
-        prepared = _prepared(weights, shape, into, out, in_runs, threads)
+        prepared = _prepared(weights, shape, into, out, in_runs, run)
         is_new = not _is_full(into, out)
         known = weights.plans[key] = Plan(prepared.way, prepared.calls, prepared.recipe, is_new)
     elif known.is_new:
@@ -74,14 +74,21 @@ def _size(shape: torch.Size) -> Size:
 
 
 def _prepared(
-    weights: ConvWeights, shape: torch.Size, into: Kept | None, out: Kept | None, in_runs: bool, threads: int
+    weights: ConvWeights,
+    shape: torch.Size,
+    into: Kept | None,
+    out: Kept | None,
+    in_runs: bool,
+    run: running.Run,
 ) -> Plan:
     """What does not depend on which channels are active, only on their number, is prepared once."""
     side = out if into is None else into
-    of_in, of_out = None if into is None else into.form, None if out is None else out.form
-    # Runs are for one gated side.
-    runs = side.run_widths if side is not None and (into is None or out is None) else None
-    key = (shape, of_in, of_out, runs, in_runs, weights.tuned.way, ways.forced(), threads)
+    if into is not None and out is not None:
+        forms = into.form, out.form
+    else:
+        # Runs are for one gated side.
+        forms = None if into is None else into.runs_form, None if out is None else out.runs_form
+    key = (shape, forms, in_runs, weights.tuned.way, run.forced, run.threads)
     chosen: Plan | None = weights.choices.get(key)
     if chosen is None:
         if len(weights.choices) >= _REMEMBERED:
@@ -191,7 +198,7 @@ def _described(
     weights: ConvWeights, size: Size, n_in: int, n_out: int, pieces: int, runs: tuple[int, ...] | None
 ) -> ways.Work:
     samples, height, width = size
-    rows, columns = weights.result_size(height, width)
+    _, _, rows, columns = weights.result_shape(samples, height, width)
     pixels, results = samples * height * width, samples * rows * columns
     itemsize, depthwise = weights.weight.itemsize, weights.tuned.depthwise
     return ways.Work(

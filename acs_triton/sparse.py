@@ -7,7 +7,7 @@ it is a tensor with the width of the operators' contract.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, host, onednn, ops, ways
+from . import cpu, host, onednn, ops, running, ways
 from ._checks import prepare
 from .conv_weights import ConvWeights, prepared
 from .decision import Active
@@ -44,16 +44,17 @@ def conv(
 
     in_runs: the readers of the result take `parts.Runs`. overwrite: nobody reads the residual later.
     """
-    dtype = _host_dtype(x, weight)
-    if dtype is not None and not isinstance(out_active, ActiveChannels) and not isinstance(in_active, ActiveChannels):
-        arguments = (x, weight, bias, out_active, residual, geometry, activation, in_runs, overwrite, dtype)
-        seconds = ways.measured()
-        if seconds is None:
-            return _on_host(*arguments)
-        start = time.perf_counter()
-        y = _on_host(*arguments)
-        seconds[id(weight)] = seconds.get(id(weight), 0.0) + time.perf_counter() - start
-        return y
+    if not isinstance(out_active, ActiveChannels) and not isinstance(in_active, ActiveChannels):
+        run = running.current()
+        weights = _on_host(x, weight, bias, geometry, 1, run)
+        if weights is not None:
+            seconds = ways.measured() if run is None else run.measured
+            if seconds is None:
+                return _convolved(x, weights, out_active, residual, activation, in_runs, overwrite)
+            start = time.perf_counter()
+            y = _convolved(x, weights, out_active, residual, activation, in_runs, overwrite)
+            seconds[id(weight)] = seconds.get(id(weight), 0.0) + time.perf_counter() - start
+            return y
     assert isinstance(x, Tensor)  # Parts come from the host
     return _by_operator(x, weight, bias, compacted(in_active), compacted(out_active), residual, geometry, activation)
 
@@ -88,34 +89,45 @@ def _by_operator(
     )  # fmt: skip
 
 
-def _on_host(
+def _convolved(
     x: Tensor | Parts,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: ConvWeights,
     out_active: Active | None,
     residual: Tensor | None,
-    geometry: Geometry,
     activation: str,
     in_runs: bool,
     overwrite: bool,
-    dtype: torch.dtype,
 ) -> Tensor | Parts:
-    stride, padding, dilation = geometry
-    weights = prepared(weight, bias, (padding, stride, dilation, 1), dtype)
     if isinstance(x, Parts):
         if out_active is not None:
             return host.transform(x, weights, out_active, activation)
         if residual is None:
             return host.consume(x, weights, None, activation)
-        if _adds_plainly(residual, weights, x.samples, x.size, dtype):
+        if _adds_plainly(residual, weights, x.samples, x.piece):
             return host.consume(x, weights, residual, activation, overwrite)
         return onednn.activate_(host.consume(x, weights, None, "none") + residual, activation)
-    x = _in_dtype(x, dtype)
+    x = _in_dtype(x, weights.dtype)
     if out_active is not None:
         return host.produce(x, weights, out_active, activation, in_runs)
-    if residual is None or _adds_plainly(residual, weights, x.shape[0], x.shape[2:], dtype):
+    if residual is None or _adds_plainly(residual, weights, x.shape[0], x):
         return host.dense(x, weights, residual, activation)
     return onednn.activate_(host.dense(x, weights, None, "none") + residual, activation)
+
+
+def _on_host(
+    x: Tensor | Parts, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int, run: running.Run | None
+) -> ConvWeights | None:
+    """The packed forms of a weight where the host runs a convolution of x, calling oneDNN; None elsewhere."""
+    if run is not None:
+        of_x = x.piece if isinstance(x, Parts) else x
+        known: ConvWeights | None = weight.__dict__.get("_acs_plain")
+        if known is not None and type(of_x) is Tensor and known.is_true(weight, bias, of_x.dtype):
+            return known
+    dtype = _host_dtype(x, weight)
+    if dtype is None:
+        return None
+    stride, padding, dilation = geometry
+    return prepared(weight, bias, (padding, stride, dilation, groups), dtype)
 
 
 def _host_dtype(x: Tensor | Parts, weight: Tensor) -> torch.dtype | None:
@@ -139,12 +151,10 @@ def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _adds_plainly(
-    residual: Tensor, weights: ConvWeights, samples: int, size: Sequence[int], dtype: torch.dtype
-) -> bool:
-    """False where the original's add broadcasts or promotes."""
-    shape = (samples, weights.c_out, *weights.result_size(size[0], size[1]))
-    return residual.dtype == dtype and residual.shape == shape
+def _adds_plainly(residual: Tensor, weights: ConvWeights, samples: int, x: Tensor) -> bool:
+    """False where the original's add broadcasts or promotes. x: of the input's height and width."""
+    _, _, height, width = x.shape
+    return residual.dtype == weights.dtype and residual.shape == weights.result_shape(samples, height, width)
 
 
 def compacted(active: ActiveChannels | Active | None) -> ActiveChannels | None:
@@ -166,10 +176,9 @@ def _is_result_like(residual: Tensor, x: Tensor, weight: Tensor, geometry: Geome
 def grouped(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int, activation: str) -> Tensor:
     """activation(grouped conv2d(x, weight) + bias), outside of every span."""
     stride, padding, dilation = geometry
-    dtype = _host_dtype(x, weight)
-    if dtype is not None:
-        weights = prepared(weight, bias, (padding, stride, dilation, groups), dtype)
-        return host.dense(_in_dtype(x, dtype), weights, None, activation)
+    weights = _on_host(x, weight, bias, geometry, groups, running.current())
+    if weights is not None:
+        return host.dense(_in_dtype(x, weights.dtype), weights, None, activation)
     return onednn.activate_(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation)
 
 
@@ -199,8 +208,8 @@ def depthwise(
     """activation(depthwise conv2d(x, weight) + bias) on a compact tensor."""
     stride, padding, dilation = geometry
     if isinstance(x, Parts):
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        weights = prepared(weight, bias, (padding, stride, dilation, weight.shape[0]), dtype)
+        weights = _on_host(x, weight, bias, geometry, weight.shape[0], running.current())
+        assert weights is not None  # Parts are on the host
         return host.depthwise(x, weights, activation)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu, host, onednn, ops
+from . import cpu, host, onednn, ops, running
 from .decision import Active
 from .dispatch import run_direct
 from .gates import full_precision
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Of the front of a ConvGate, whose first two convolutions are one: see `fold.merged_convs`.
 MERGED: Geometry = ((4, 4), (2, 2), (2, 2))
+_ZERO = np.zeros((), np.float32)
 
 
 def pooled_gate(
@@ -42,7 +43,7 @@ def pooled_gate(
     if _decides_on_host(x) and not isinstance(in_active, ActiveChannels):
         # In fp32 under autocast too: no operator here is one that it casts.
         hidden = _linear(host.means(x), w1, b1)
-        return _decided(model, np.maximum(hidden, 0, out=hidden), heads, spans)
+        return _decided(model, np.maximum(hidden, _ZERO, out=hidden), heads, spans)
     with full_precision(x):
         assert isinstance(x, Tensor)  # Parts are on the host
         pooled, in_active = x.mean((2, 3), dtype=torch.float32), compacted(in_active)
@@ -84,7 +85,9 @@ def _decides_on_host(x: Tensor | Parts) -> bool:
     """Whether the convolutions after a gate that reads x run on the host."""
     if isinstance(x, Parts):
         return True
-    return x.is_cpu and run_direct(x) and onednn.available(x.dtype)
+    if running.current() is None or type(x) is not Tensor:
+        return x.is_cpu and run_direct(x) and onednn.available(x.dtype)
+    return x.is_cpu and onednn.available(x.dtype)
 
 
 def _linear(features: np.ndarray, weight: Tensor, bias: Tensor) -> np.ndarray:
