@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import lower
+from . import lower, running
 from .config import ACSConfig, expect_density
 from .cuda_graph import GraphedModel
 from .masked import MaskedModel
@@ -137,7 +137,7 @@ class GatedModel(MaskedModel):
                 "compiled code cannot do it; run one forward or `model.lower(x)` first"
             )
         with torch.no_grad():
-            return self._run_lowered(lowered, args, kwargs)
+            return running.anew(inputs, self._run_lowered, lowered, args, kwargs)
 
     def macs(self) -> MacReport:
         """Multiply-accumulates of the last forward, per sample. RuntimeError before any forward."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from . import cpu, dispatch, fallback, running
+from . import cpu, dispatch, fallback
 from .buffers import share_room
 from .emit import Emitter
 from .emit_kernels import KernelEmitter
@@ -41,16 +41,6 @@ class LoweredPart:
     forward: Callable[..., Any]
     tensors: list[Tensor]
     convs: dict[str, int] = field(default_factory=dict)
-
-    def run(self, model: ACSModel, *inputs: Any, **named: Any) -> Any:
-        """The forward of `model`."""
-        if torch.compiler.is_compiling():
-            return self.forward(model, model, self.tensors, *inputs, **named)
-        before = running.begin((*inputs, *named.values()))
-        try:
-            return self.forward(model, model, self.tensors, *inputs, **named)
-        finally:
-            running.end(before)
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import cost, lower, tune
+from . import cost, lower, running, tune
 from .adopt import AdoptedModule
 from .config import ACSConfig
 from .gated import GatedModel, untraced
@@ -63,7 +63,8 @@ class ACSModel(AdoptedModule, GatedModel):
 
     def _run_lowered(self, lowered: Lowered, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._caches.parts_ran = set()
-        return lowered.by_part[""].run(self, *args, **kwargs)
+        root = lowered.by_part[""]
+        return root.forward(self, self, root.tensors, *args, **kwargs)
 
     def _lower(self, earlier: Lowered | None) -> Lowered:
         lowered = lower.lower(self, self._programs(), earlier, self._caches.expected)
@@ -102,7 +103,7 @@ class ACSModel(AdoptedModule, GatedModel):
 
     def run_original(self, inputs: tuple[Any, ...]) -> Any:
         """The original's own forward, for a network that could not be traced; its traced parts come back to us."""
-        return self.source_view().forward(*inputs)
+        return running.anew((), self.source_view().forward, *inputs)
 
     def run_part(self, part: str, inputs: tuple[Any, ...]) -> Any:
         """Run a traced part in the current mode."""
@@ -116,7 +117,8 @@ class ACSModel(AdoptedModule, GatedModel):
         if caches.part_runner is not None:
             return caches.part_runner(part, inputs)
         if self._mode == "sparse" and caches.lowered is not None:
-            return caches.lowered.by_part[part].run(self, *inputs)
+            lowered = caches.lowered.by_part[part]
+            return running.anew(inputs, lowered.forward, self, self, lowered.tensors, *inputs)
         return self._programs().by_part[part].forward(self, self, *inputs)
 
     @contextmanager

@@ -40,15 +40,15 @@ class Plan:
 
 def plan(weights: ConvWeights, x: Tensor, into: Kept | None, out: Kept | None, in_runs: bool = False) -> Plan:
     """For inputs like x. in_runs: they come as `parts.Runs`, of which x is one."""
-    shape, run = x.shape, running.now()
+    shape, run, threads = x.shape, running.now(), torch.get_num_threads()
     if run.fresh:
-        return _prepared(weights, shape, into, out, in_runs, run)
-    key = (shape, into, out, in_runs, weights.tuned.way, run.forced, run.threads)
+        return _prepared(weights, shape, into, out, in_runs, run.forced, threads)
+    key = (shape, into, out, in_runs, weights.tuned.way, run.forced, threads)
     known: Plan | None = weights.plans.get(key)
     if known is None:
         if len(weights.plans) >= _REMEMBERED:
             weights.forget_plans()
-        prepared = _prepared(weights, shape, into, out, in_runs, run)
+        prepared = _prepared(weights, shape, into, out, in_runs, run.forced, threads)
         is_new = not _is_full(into, out)
         known = weights.plans[key] = Plan(prepared.way, prepared.calls, prepared.recipe, is_new)
     elif known.is_new:
@@ -79,7 +79,8 @@ def _prepared(
     into: Kept | None,
     out: Kept | None,
     in_runs: bool,
-    run: running.Run,
+    forced: str | None,
+    threads: int,
 ) -> Plan:
     """What does not depend on which channels are active, only on their number, is prepared once."""
     side = out if into is None else into
@@ -88,7 +89,7 @@ def _prepared(
     else:
         # Runs are for one gated side.
         forms = None if into is None else into.runs_form, None if out is None else out.runs_form
-    key = (shape, forms, in_runs, weights.tuned.way, run.forced, run.threads)
+    key = (shape, forms, in_runs, weights.tuned.way, forced, threads)
     chosen: Plan | None = weights.choices.get(key)
     if chosen is None:
         if len(weights.choices) >= _REMEMBERED:

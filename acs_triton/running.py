@@ -1,4 +1,4 @@
-"""What holds for one whole forward on the host, asked once for all of its steps.
+"""What holds for one forward on the host, asked once for all of its steps.
 
 A step between two calls of oneDNN runs with cold caches, where each question to PyTorch costs two or three times of
 what it costs in a loop: MobileNetV2 at batch 1 spends a tenth of its time on them if every convolution asks anew.
@@ -6,9 +6,9 @@ what it costs in a loop: MobileNetV2 at batch 1 spends a tenth of its time on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from threading import local
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from .dispatch import run_direct
 
 
 class Run(NamedTuple):
-    """threads: torch's. forced, fresh, measured: of `ways`."""
+    """A forward of plain tensors on a CPU that nothing traces or intercepts. forced, fresh, measured: of `ways`."""
 
-    threads: int
     forced: str | None
     fresh: bool
     measured: dict[int, float] | None
@@ -33,32 +32,33 @@ class _Current(local):
 _current = _Current()
 
 
-def begin(inputs: Iterable[object]) -> Run | None:
-    """Begin a forward of these inputs; returns what to give to `end`.
-
-    Until then this thread knows a `current` run, if all tensors among them are plain ones on a CPU and autocast is off.
+def anew(inputs: Iterable[object], function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), a forward of these inputs: until it ends, this thread knows a `current` run if the tensors
+    among them are plain ones on a CPU, and none otherwise, as where a caller's own code runs and may change anything.
     """
+    if torch.compiler.is_compiling():
+        return function(*arguments)
     before = _current.run
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    plain = bool(tensors) and all(tensor.is_cpu and run_direct(tensor) for tensor in tensors)
-    _current.run = _asked() if plain and not torch.is_autocast_enabled("cpu") else None
-    return before
-
-
-def end(before: Run | None) -> None:
-    """End a forward; the one around it goes on."""
-    _current.run = before
+    try:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        plain = bool(tensors) and all(tensor.is_cpu and run_direct(tensor) for tensor in tensors)
+        _current.run = _asked() if plain else None
+        return function(*arguments)
+    finally:
+        _current.run = before
 
 
 def current() -> Run | None:
-    """The forward that runs in this thread on plain tensors, without autocast."""
-    return _current.run
+    """The forward that runs in this thread; None where it is not known, and while a compiler traces. Whether autocast
+    is on is not part of it: a module in the middle may change that.
+    """
+    return None if torch.compiler.is_compiling() else _current.run
 
 
 def now() -> Run:
     """The `current` run, or what holds at this moment."""
-    return _current.run or _asked()
+    return current() or _asked()
 
 
 def _asked() -> Run:
-    return Run(torch.get_num_threads(), ways.forced(), ways.masks_are_fresh(), ways.measured())
+    return Run(ways.forced(), ways.masks_are_fresh(), ways.measured())

@@ -118,7 +118,7 @@ def _on_host(
     x: Tensor | Parts, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int, run: running.Run | None
 ) -> ConvWeights | None:
     """The packed forms of a weight where the host runs a convolution of x, calling oneDNN; None elsewhere."""
-    if run is not None:
+    if run is not None and not torch.is_autocast_enabled("cpu"):
         of_x = x.piece if isinstance(x, Parts) else x
         known: ConvWeights | None = weight.__dict__.get("_acs_plain")
         if known is not None and type(of_x) is Tensor and known.is_true(weight, bias, of_x.dtype):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from acs_triton import ACSModel, convert_model, onednn, ways, zoo
 from acs_triton.arguments import granularity, positive
-from acs_triton.benchmark import engines, process, results
+from acs_triton.benchmark import clock, engines, process, results
 from acs_triton.benchmark.apart import Apart
 from acs_triton.benchmark.gate_time import gate_seconds
 from acs_triton.benchmark.jobs import Dense
@@ -47,12 +47,14 @@ Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
 def profile(model: ACSModel, batches: Sequence[Tensor], dense: Hosted) -> dict[str, float]:
-    """Milliseconds of a forward and of its parts, means over masks of medians, and the number of calls.
+    """Milliseconds of a forward and of its parts, means over masks, and the number of calls.
 
-    dense: of the engine beside it. forward: as it is. in_a_row: its calls of oneDNN without anything between them. hot:
-    the same, each many times. gates: with their decisions.
+    dense: of the engine beside it, and forward, as it is: as the benchmark takes them. in_a_row: its calls of oneDNN
+    without anything between them. hot: the same, each many times. gates: with their decisions.
     """
     found: dict[str, list[float]] = {name: [] for name in ("dense", "calls", "forward", "in_a_row", "hot")}
+    if not dense.report.ok:
+        raise RuntimeError(f"cpu_profile: {dense.report.engines[0]} does not compute the network")
     (engine,) = dense.report.ok
     with torch.inference_mode():
         for done in range(_WARM):
@@ -60,11 +62,11 @@ def profile(model: ACSModel, batches: Sequence[Tensor], dense: Hosted) -> dict[s
         for done in range(_MASKS):
             x = batches[done % len(batches)]
             found["dense"].append(1e3 * dense.sample(engine, lead=True))
-            found["forward"].append(_milliseconds(partial(model, x)))
+            found["forward"].append(1e3 * clock.sample(partial(model, x), lead=True))
             with recorded() as calls:
                 model(x)
             found["calls"].append(len(calls))
-            found["in_a_row"].append(_milliseconds(partial(_again, calls)))
+            found["in_a_row"].append(1e3 * clock.sample(partial(_again, calls), lead=True))
             found["hot"].append(sum(_milliseconds(partial(_again, [call])) for call in calls))
         gates = 1e3 * gate_seconds(model, batches[0], _REPEATS)
     return {name: statistics.mean(values) for name, values in found.items()} | {"gates": gates}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +15,7 @@ import torch
 from benchmark_cases import SIZE, here, setting, tiny
 from torch import Tensor, nn
 
-from acs_triton import ACSModel, cli, convert_model, onednn, sparse_gates
+from acs_triton import ACSModel, cli, convert_model, sparse_gates
 from acs_triton.benchmark import clock, command, engines, host, measure, table
 from acs_triton.benchmark.engines import Engine
 from acs_triton.benchmark.gate_time import gate_seconds
@@ -107,66 +104,6 @@ def test_the_pruned_network_is_as_narrow_as_the_masks(measured: Pass) -> None:
     assert engine.on(host.rotation[0]).shape == (2, 4, 8, 8)
     convs = [module for module in engine.run.modules() if isinstance(module, nn.Conv2d)]  # type: ignore[attr-defined]
     assert [(conv.in_channels, conv.out_channels) for conv in convs] == [(3, 8), (8, 8), (8, 4)]
-
-
-_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_HUGE_PAGES = _HUGE.read_text() if _HUGE.exists() else ""
-_ALLOCATING = """
-import resource, sys, torch
-from acs_triton.benchmark.process import keep_freed_memory
-kept = sys.argv[1] == "kept" and keep_freed_memory()
-for _ in range(3):
-    torch.ones(20_000_000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(20_000_000)
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-@pytest.mark.skipif("[always]" in _HUGE_PAGES, reason="memory comes in huge pages, which hide it")
-def test_freed_memory_is_kept() -> None:
-    faults = {}
-    for asked in ("kept", "given back"):
-        run = subprocess.run(
-            [sys.executable, "-c", _ALLOCATING, asked], capture_output=True, text=True, check=True, timeout=120
-        )
-        kept, found = run.stdout.split()
-        assert kept == str(asked == "kept")
-        faults[asked] = int(found)
-    assert faults["kept"] < 1000 < faults["given back"]
-
-
-_MAKING_KERNELS = """
-import torch
-from acs_triton.benchmark.process import keep_kernels
-keep_kernels()
-x = torch.randn(1, 3, 8, 8)
-for again in (False, True):
-    print("again" if again else "first", flush=True)
-    for size in range(1, 1101):
-        torch.mkldnn_convolution(x, torch.ones(size, 3, 3, 3), None, (1, 1), (1, 1), (1, 1), 1)
-"""
-
-
-@pytest.mark.skipif(not onednn.available(torch.float32), reason="this PyTorch has no oneDNN")
-@pytest.mark.parametrize("capacity", [None, "1024"])
-def test_kernels_are_kept(capacity: str | None) -> None:
-    environment = {name: value for name, value in os.environ.items() if "PRIMITIVE_CACHE" not in name}
-    environment |= {"ONEDNN_VERBOSE": "profile_create"}
-    environment |= {} if capacity is None else {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": capacity}
-    run = subprocess.run(
-        [sys.executable, "-c", _MAKING_KERNELS],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    first, again = run.stdout.split("again\n")
-    assert first.count("create:cache_miss") >= 1100
-    # What the environment says holds.
-    assert again.count("create:cache_miss") >= 1100 if capacity else again.count("create:cache_miss") == 0
 
 
 def test_a_sample_has_as_many_calls_as_fill_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import gc
 import multiprocessing
 import signal
 import traceback
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,7 +31,8 @@ _CLOSING_SECONDS = 10.0
 class Apart:
     """What `Host` does, in a process of its own, with threads as the setting says. A call waits for its end.
 
-    Raises what `Host` raises, and RuntimeError where the process fails or ends in another way.
+    Raises what `Host` raises, RuntimeError where something else fails in the process, with its traceback, and
+    ChildProcessError where the process ends.
     """
 
     def __init__(self, setting: Setting, job: Job) -> None:
@@ -68,21 +71,28 @@ class Apart:
             self._process.join()
 
     def _ask(self, *request: Any) -> Any:
-        self._pipe.send(request)
+        try:
+            self._pipe.send(request)
+        except OSError:
+            raise self._ended() from None
         return self._answer()
 
     def _answer(self) -> Any:
         try:
-            right, answer = self._pipe.recv()
+            failure, answer = self._pipe.recv()
         except (EOFError, OSError):
-            self._process.join(_CLOSING_SECONDS)
-            raise RuntimeError(
-                f"bench: the process of {self._name} ended with code {self._process.exitcode}; -9 most often means "
-                "want of memory: measure fewer engines, densities or granularities at a time"
-            ) from None
-        if not right:
-            raise answer
+            raise self._ended() from None
+        if failure is not None:
+            raise failure(answer)
         return answer
+
+    def _ended(self) -> ChildProcessError:
+        self._process.join(_CLOSING_SECONDS)
+        code = self._process.exitcode
+        advice = "; most often for want of memory: measure fewer engines, densities or granularities at a time"
+        return ChildProcessError(
+            f"bench: the process of {self._name} ended with code {code}{advice if code == -signal.SIGKILL else ''}"
+        )
 
 
 def _serve(pipe: Connection, setting: Setting, job: Job) -> None:
@@ -92,24 +102,31 @@ def _serve(pipe: Connection, setting: Setting, job: Job) -> None:
     torch.set_num_threads(setting.threads)
     host: Host | None = None
 
-    def answered(request: tuple[Any, ...]) -> tuple[bool, Any]:
+    def report() -> Report:
         nonlocal host
-        try:
-            if host is None:
-                host = Host(setting, job)
-                host.report.process.update(told, threads=torch.get_num_threads())
-                gc.collect()
-                gc.disable()
-                return True, host.report
-            return True, getattr(host, request[0])(*request[1:])
-        except (ValueError, UnavailableError) as error:
-            return False, type(error)(str(error))
-        except Exception:  # noqa: BLE001 - raised where it was asked
-            return False, RuntimeError(f"bench: {job.name} failed:\n{traceback.format_exc()}")
+        host = Host(setting, job)
+        host.report.process.update(told, threads=torch.get_num_threads())
+        gc.collect()
+        gc.disable()
+        return host.report
 
     try:
-        pipe.send(answered(()))
+        pipe.send(_tried(job, report, (UnavailableError, ValueError)))
         while True:
-            pipe.send(answered(pipe.recv()))
+            method, *arguments = pipe.recv()
+            pipe.send(_tried(job, partial(getattr(host, method), *arguments)))
     except (EOFError, OSError):
         return
+
+
+def _tried(
+    job: Job, function: Callable[[], Any], expected: tuple[type[Exception], ...] = ()
+) -> tuple[type[Exception] | None, Any]:
+    """None and the result, or what to raise where it was asked, and the message."""
+    try:
+        return None, function()
+    except Exception as error:  # noqa: BLE001
+        for kind in expected:
+            if isinstance(error, kind):
+                return kind, str(error)
+        return RuntimeError, f"bench: {job.name} failed:\n{traceback.format_exc()}"

@@ -34,9 +34,9 @@ _WARM, _SHOWN, _SHOWN_SECONDS = 24, 300, 5.0
 and the longest that this may take. Four of eight groups can be chosen in 70 ways."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """What a job is, by engine. process: what this process was told, where it has the job for itself.
+    """What a job is, by engine. process: what its process was told, where it has one for itself.
 
     An engine without parity has nothing to be checked against: mask multiply is what ours is compared with.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -86,14 +86,14 @@ class Pass:
         """
         setting = self.setting
         wanted = [name for name in HOW if name == EAGER or name in setting.engines]
-        for dense in self._each("build dense engines", [Dense(name) for name in wanted]):
+        for dense in self._each("build dense engines", {name: Dense(name) for name in wanted}):
             try:
                 self._add(self._started(dense))
             except UnavailableError as error:
                 self.record["missing"][dense.name] = str(error)
         seconds = _by_speed({name: partial(host.sample, name, True) for name, host in self.hosts.items()})
         ours = jobs.sparse(setting)
-        for sparse in self._each("convert, lower, check", ours):
+        for sparse in self._each("convert, lower, check", {job.name: job for job in ours}):
             host = self._started(sparse)
             for variant in sparse.variants:
                 self.record["ours"][variant.name] = {
@@ -104,17 +104,17 @@ class Pass:
             self._add(self._started(Masked(ours[0].variants[0])))
         if PRUNED in setting.engines:
             narrower = [density for density in setting.densities if density < 1]
-            for density in self._each("build pruned networks", narrower):
+            for density in self._each("build pruned networks", {pruned_name(density): density for density in narrower}):
                 self._add_pruned(density, list(seconds))
         self._time(lead=seconds[EAGER] < _SLOW)
         return self.record
 
-    def _each(self, what: str, jobs: Sequence[_T]) -> Iterator[_T]:
+    def _each(self, what: str, named: Mapping[str, _T]) -> Iterator[_T]:
         progress = self.stage(what)
-        for done, job in enumerate(jobs):
-            progress(done, len(jobs), "")
-            yield job
-        progress(len(jobs), len(jobs), "")
+        for done, (name, one) in enumerate(named.items()):
+            progress(done, len(named), name)
+            yield one
+        progress(len(named), len(named), "")
 
     def _started(self, job: Job) -> Hosted:
         return self._open.enter_context(closing(self._start(self.setting, job)))
@@ -123,7 +123,10 @@ class Pass:
         self.record["process"] = self.record["process"] or host.report.process
         for name, found in host.report.parity.items():
             self.record["parity"][name] = {"error": found.error, "allowed": found.allowed, "ok": found.ok}
-        self.hosts |= dict.fromkeys(host.report.ok, host)
+        if host.report.ok:
+            self.hosts |= dict.fromkeys(host.report.ok, host)
+        else:
+            host.close()
 
     def _add_pruned(self, density: float, kinds: list[str]) -> None:
         """On the faster of the first two: what is fastest for the whole network may not be for odd widths."""
@@ -131,7 +134,10 @@ class Pass:
         for kind in kinds:
             with suppress(UnavailableError):
                 host = self._started(Pruned(density, kind))
-                built |= {kind: host} if host.report.ok else {}
+                if host.report.ok:
+                    built[kind] = host
+                else:
+                    host.close()
             if len(built) == 2:
                 break
         name = pruned_name(density)
