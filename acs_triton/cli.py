@@ -21,18 +21,23 @@ from .gated import GatedModel
 from .gates import GATE_CLASSES
 from .progress import stage
 
-_BAD_INPUT, _FAILED = 2, 1
+_BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
 SMALL_RESNET, ACS_DENSENET = "small_resnet", "acs_densenet"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 1 if the demo's checks fail, or 2 after one line on stderr for bad input."""
+    """Run one command. Returns 0, or 1 if the demo's checks fail, or after one line on stderr 2 for bad input and 130
+    for an interrupt.
+    """
     arguments = _parser().parse_args(argv)
     try:
         result: int = arguments.command(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"acs-triton: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _BAD_INPUT
+    except KeyboardInterrupt:
+        print("acs-triton: interrupted; files that were written before are whole", file=sys.stderr)
+        return _INTERRUPTED
     return result
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 
 import pytest
 from benchmark_cases import setting
 
-from acs_triton.benchmark import jobs
+from acs_triton.benchmark import apart, jobs
 from acs_triton.benchmark.apart import Apart
 from acs_triton.benchmark.jobs import Dense
 from acs_triton.benchmark.measure import measure
@@ -76,3 +80,29 @@ def test_a_pass_ends_its_processes() -> None:
     assert set(record["times"]) == {"eager", "folded", "pruned d=0.5", "gap 4 d=0.5", "gap 4 d=1"}
     assert {"kernels_kept", "freed_memory_kept", "threads"} <= set(record["process"])
     assert not multiprocessing.active_children()
+
+
+def test_only_what_a_user_can_help_keeps_its_kind() -> None:
+    def fail(error: Exception) -> object:
+        raise error
+
+    for error, kind in (
+        (ImportError("no torchvision"), ImportError),
+        (FileNotFoundError(2, "No such file", "a.pt"), OSError),
+        (json.JSONDecodeError("bad", "{", 0), ValueError),
+    ):
+        failure, message = apart._tried(Dense("eager"), partial(fail, error), apart._EXPECTED)
+        assert failure is kind and message == str(error)
+    failure, message = apart._tried(Dense("eager"), partial(fail, ValueError("of ours")))
+    assert failure is RuntimeError and "bench: eager failed:\nTraceback" in message and "of ours" in message
+
+
+def test_a_script_that_cannot_be_imported_is_told_so() -> None:
+    script = (
+        "from acs_triton.benchmark.measure import measure\n"
+        "from acs_triton.benchmark.setting import Setting\n"
+        'measure(Setting("resnet18"))\n'
+    )
+    run = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "not read from stdin, and in a script under `if __name__ == '__main__':`" in run.stderr.splitlines()[-1]

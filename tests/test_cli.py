@@ -123,6 +123,17 @@ def test_bad_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture
     assert "acs-triton" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_one_line_and_code_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.zoo, "build", interrupted)
+    assert cli.main(["inspect", "resnet18"]) == 130
+    assert capsys.readouterr().err == "acs-triton: interrupted; files that were written before are whole\n"
+
+
 def test_python_m_runs_it() -> None:
     command = [sys.executable, "-m", "acs_triton", "inspect", "resnet19"]
     finished = subprocess.run(command, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True, check=False)

@@ -25,14 +25,16 @@ from .setting import Setting
 
 # Forked from a process that has imported torch and run nothing: a new one is there at once.
 _FORKS = "forkserver" in multiprocessing.get_all_start_methods()
-_CLOSING_SECONDS = 10.0
+_CLOSING_SECONDS = 2.0
+"""That a process has for what it is doing and its end, then it is killed."""
+_EXPECTED = (UnavailableError, ValueError, ImportError, OSError)
 
 
 class Apart:
     """What `Host` does, in a process of its own, with threads as the setting says. A call waits for its end.
 
-    Raises what `Host` raises, RuntimeError where something else fails in the process, with its traceback, and
-    ChildProcessError where the process ends.
+    Raises what `Host` raises, ImportError and OSError of the process, RuntimeError with its traceback where something
+    else fails there, and ChildProcessError where it ends.
     """
 
     def __init__(self, setting: Setting, job: Job) -> None:
@@ -89,10 +91,15 @@ class Apart:
     def _ended(self) -> ChildProcessError:
         self._process.join(_CLOSING_SECONDS)
         code = self._process.exitcode
-        advice = "; most often for want of memory: measure fewer engines, densities or granularities at a time"
-        return ChildProcessError(
-            f"bench: the process of {self._name} ended with code {code}{advice if code == -signal.SIGKILL else ''}"
-        )
+        advice = ""
+        if code == -signal.SIGKILL:
+            advice = "; most often for want of memory: measure fewer engines, densities or granularities at a time"
+        elif not hasattr(self, "report"):
+            advice = (
+                " before it was ready: what measures must be in a file, not read from stdin, and in a script under "
+                "`if __name__ == '__main__':`, for each process imports it; or use `acs-triton bench`"
+            )
+        return ChildProcessError(f"bench: the process of {self._name} ended with code {code}{advice}")
 
 
 def _serve(pipe: Connection, setting: Setting, job: Job) -> None:
@@ -111,7 +118,7 @@ def _serve(pipe: Connection, setting: Setting, job: Job) -> None:
         return host.report
 
     try:
-        pipe.send(_tried(job, report, (UnavailableError, ValueError)))
+        pipe.send(_tried(job, report, _EXPECTED))
         while True:
             method, *arguments = pipe.recv()
             pipe.send(_tried(job, partial(getattr(host, method), *arguments)))

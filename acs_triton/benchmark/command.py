@@ -32,7 +32,12 @@ def add_parser(commands: Any) -> None:
                      help=f"{GRANULARITY_HELP} (%(default)s)")  # fmt: skip
     one.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(%(default)s)")
     one.add_argument("--threads", type=positive, default=2, help="in every engine (%(default)s)")
-    one.add_argument("--seconds", type=float, default=30.0, help="of timing for each batch size (%(default)s)")
+    one.add_argument(
+        "--seconds",
+        type=float,
+        default=30.0,
+        help="of timing for each batch size, after a minute or two of building and checks (%(default)s)",
+    )
     one.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE",
                      help=f"beside ours, of: {', '.join(ENGINES)} (all)")  # fmt: skip
     one.add_argument("--tune", action="store_true", help="let model.tune choose how each layer runs, by measuring")

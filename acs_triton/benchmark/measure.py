@@ -46,7 +46,10 @@ Start = Callable[[Setting, Job], Hosted]
 
 
 def measure(setting: Setting, stage: Stage = silent, start: Start = Apart) -> dict[str, Any]:
-    """The record of one pass, as `Pass` makes it."""
+    """The record of one pass, as `Pass` makes it.
+
+    Each engine is a process that imports the caller's script anew: call it under `if __name__ == "__main__":`.
+    """
     with Pass(setting, stage, start) as run:
         return run.run()
 

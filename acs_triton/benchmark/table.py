@@ -30,7 +30,11 @@ def text(key: str, record: Record) -> str:
     setting = record["setting"]
     lines = [f"{key}, {setting['threads']} threads", *_aligned(rows)]
     against = record["fastest_dense"] or "none: no dense engine was timed"
-    lines.append(f"speed-up: over the fastest dense engine of this pass, {against}")
+    lines.append(f"speed-up: over the fastest dense engine of this pass, {against}; of ours in brackets over PyTorch's")
+    if times:
+        lines.append(
+            f"ms: median (10th to 90th percentile) of {min(found['samples'] for found in times.values())} samples"
+        )
     if record["pruned"]:
         lines.append("of pruned: our time over that of the network pruned to the same width")
     return "\n".join([*lines, *(f"without {name}: {reason}" for name, reason in record["missing"].items())])
