@@ -56,8 +56,8 @@ def current() -> Run | None:
 
 
 def now() -> Run:
-    """The `current` run, or what holds at this moment."""
-    return current() or _asked()
+    """The `current` run, or what holds at this moment; for what no compiler traces."""
+    return _current.run or _asked()
 
 
 def _asked() -> Run:
