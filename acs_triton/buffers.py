@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from threading import Lock
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +26,18 @@ class Buffer:
     """A packed weight [n_out, n_in, kh, kw] whose memory, padding included, is written again at each use, and a bias
     [n_out] likewise.
 
-    array, bias_array: the same memory for numpy.
+    array, bias_array: the same memory for numpy. It is lent from a pool, to which `give_back` returns it.
     """
 
-    __slots__ = ("array", "bias", "bias_array", "memory", "packed")
+    __slots__ = ("_pool", "array", "bias", "bias_array", "memory", "packed")
 
-    def __init__(self, packed: Tensor, memory: Tensor, bias: Tensor) -> None:
+    def __init__(self, packed: Tensor, memory: Tensor, bias: Tensor, pool: Pool) -> None:
         self.packed, self.memory, self.array = packed, memory, as_array(memory)
         self.bias, self.bias_array = bias, as_array(bias)
+        self._pool = pool
+
+    def give_back(self) -> None:
+        self._pool.free.append(self)
 
     @classmethod
     def make(
@@ -44,6 +47,7 @@ class Buffer:
         size: Size,
         geometry: Geometry,
         layout: Layout,
+        pool: Pool,
     ) -> Buffer | None:
         """One for weights of this shape; None where oneDNN, asked again, lays them out in another way."""
         # Ordinary tensors also when made inside of inference mode: they are written again outside of it.
@@ -53,7 +57,7 @@ class Buffer:
             memory = onednn.memory(packed, dtype)
             if not torch.equal(onednn.blocked(numbers, layout).flatten(), memory):
                 return None
-            return cls(packed, memory, torch.empty(shape[0], dtype=dtype))
+            return cls(packed, memory, torch.empty(shape[0], dtype=dtype), pool)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -120,16 +124,3 @@ def room_of(weight: Tensor) -> Room:
     """The room that a lowered weight shares; of its own where it is part of no network."""
     room: Room = weight.__dict__.setdefault("_acs_room", Room())
     return room
-
-
-class Lent(NamedTuple):
-    """A gathered weight with its bias, and the buffer that holds them, to be given back; none where they are copies."""
-
-    packed: Tensor
-    bias: Tensor | None
-    buffer: Buffer | None
-    pool: Pool | None
-
-    def give_back(self) -> None:
-        if self.pool is not None and self.buffer is not None:
-            self.pool.free.append(self.buffer)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn, ways
-from .buffers import Buffer, Lent, Pool, Size, as_array, pool_for, room_of
+from .buffers import Buffer, Pool, Size, as_array, pool_for, room_of
 from .decision import Kept
 from .gathering import Fill, Masters
 from .onednn import Geometry
@@ -29,12 +29,14 @@ _SIZES_KEPT = 4
 class Recipe(NamedTuple):
     """How to gather a weight of one shape.
 
-    fill(buffer, into, out) writes the active part of the weight into a buffer that `make` made.
+    fill(buffer, into, out) writes the active part of the weight into a buffer that `make` made. bias: [groups + 1,
+    granularity] where that of the output's active channels is gathered, the last ones zeros.
     """
 
     pool: Pool
     make: Callable[[], Buffer | None]
     fill: Fill
+    bias: np.ndarray | None
 
 
 class _Forms:
@@ -70,7 +72,6 @@ class ConvWeights:
         self.choices: dict[tuple[object, ...], Any] = {}
         self.plans: dict[tuple[object, ...], Any] = {}
         self._room, self._taken = room_of(weight), 0
-        self._padded_biases: dict[int, np.ndarray] = {}
         self._results: dict[tuple[int, int, int], tuple[int, int, int, int]] = {}
         self.masters = Masters(self.weight)
 
@@ -114,15 +115,12 @@ class ConvWeights:
             packed = onednn.pack(self.weight.narrow(dimension, first, number), size, self.geometry)
             return packed, self.bias if self.bias is None or dimension else self.bias.narrow(0, first, number)
 
-    def _gather_bias(self, bias: Tensor, out: Kept, result: np.ndarray) -> None:
-        """Write its active part into [n_out]."""
-        granularity = out.granularity
-        padded = self._padded_biases.get(granularity)
-        if padded is None:
-            with torch.inference_mode(False):
-                padded = as_array(F.pad(bias, (0, granularity)).view(-1, granularity))
-            self._padded_biases[granularity] = padded
-        padded.take(out.index(granularity, len(out.padded)), 0, result.reshape(-1, granularity), "clip")
+    def _bias_by_group(self, granularity: int) -> np.ndarray | None:
+        """[groups + 1, granularity], the last ones zeros."""
+        if self.bias is None:
+            return None
+        with torch.inference_mode(False):
+            return as_array(F.pad(self.bias, (0, granularity)).view(-1, granularity))
 
     def recipe(self, size: Size, into: Kept | None, out: Kept | None) -> Recipe | None:
         """How to gather between masks with as many active channels as these, for inputs of this size."""
@@ -134,30 +132,32 @@ class ConvWeights:
                 recipes[key] = self._recipe(size, n_in, n_out, into, out)
         return recipes[key]
 
-    def gathered(self, recipe: Recipe | None, into: Kept | None, out: Kept | None) -> Lent:
-        """Weight and bias between the active channels; a plain weight where the packed layout is not known."""
+    def gathered(
+        self, recipe: Recipe | None, into: Kept | None, out: Kept | None
+    ) -> tuple[Tensor, Tensor | None, Buffer | None]:
+        """Weight and bias between the active channels, and the buffer that holds them, to be given back; a plain weight
+        and None where the packed layout is not known.
+        """
         if recipe is None:
-            return self._copied(into, out)
+            return *self._copied(into, out), None
         try:
             buffer = recipe.pool.free.pop()
         except IndexError:  # the first time, or another thread has it
             made = recipe.make()
             if made is None:
-                return self._copied(into, out)
+                return *self._copied(into, out), None
             buffer = made
         recipe.fill(buffer, into, out)
-        if out is None or self.bias is None:
-            return Lent(buffer.packed, self.bias, buffer, recipe.pool)
-        self._gather_bias(self.bias, out, buffer.bias_array)
-        return Lent(buffer.packed, buffer.bias, buffer, recipe.pool)
+        if out is None or recipe.bias is None:
+            return buffer.packed, self.bias, buffer
+        recipe.bias.take(out.positions, 0, buffer.bias_array.reshape(-1, out.granularity), "clip")
+        return buffer.packed, buffer.bias, buffer
 
-    def _copied(self, into: Kept | None, out: Kept | None) -> Lent:
+    def _copied(self, into: Kept | None, out: Kept | None) -> Call:
         weight, bias = self.masters.plain(into, out), self.bias
         if out is not None and bias is not None:
-            gathered = torch.empty(out.width, dtype=bias.dtype)
-            self._gather_bias(bias, out, as_array(gathered))
-            bias = gathered
-        return Lent(weight, bias, None, None)
+            bias = F.pad(bias, (0, out.granularity)).index_select(0, torch.from_numpy(out.channels()))
+        return weight, bias
 
     def keep_gathered(self, size: Size, into: Kept | None, out: Kept | None) -> Call | None:
         """Weight and bias between the active channels, packed, to be used again; None where there is no room for them.
@@ -170,8 +170,8 @@ class ConvWeights:
             return None
         self._taken += nbytes
         _, geometry = self._narrowed(self.c_in if into is None else into.width, n_out)
-        copy = self._copied(into, out)
-        return onednn.pack(copy.packed, size, geometry), copy.bias
+        weight, bias = self._copied(into, out)
+        return onednn.pack(weight, size, geometry), bias
 
     def forget_plans(self) -> None:
         """Drop them and the gathered weights that they hold."""
@@ -186,7 +186,8 @@ class ConvWeights:
             return None
         fill = self.masters.fill(layout, n_out, into, out)
         pool = pool_for((shape, self.dtype, layout, self.depthwise))
-        return Recipe(pool, lambda: Buffer.make(shape, self.dtype, size, geometry, layout), fill)
+        bias = None if out is None else self._bias_by_group(out.granularity)
+        return Recipe(pool, lambda: Buffer.make(shape, self.dtype, size, geometry, layout, pool), fill, bias)
 
     def block(self, size: Size, n_in: int, n_out: int) -> int:
         """Output channels of a block of the packed weight between so many channels; 1 where its layout is not known."""

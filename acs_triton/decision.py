@@ -19,8 +19,8 @@ WIDTHS = 16
 LONGEST_RUN = 8
 # A run of fewer channels does not fill a vector register of 16 floats.
 _SMALLEST_RUN = 16
-# The masks of so few groups (256 of eight, which is what "auto" gives a layer) are all prepared ahead, seen or not.
-_TABULATED = 8
+# The masks of so few groups (256 of eight, which is what "auto" gives most layers) are all prepared ahead, seen or not.
+_TABULATED = 10
 # Of those of more groups.
 _REMEMBERED = 2048
 
@@ -31,31 +31,29 @@ class _Lists:
     padded: of each mask, as in `Kept`, then `total` to the end of the row.
     """
 
-    __slots__ = ("_by_unit", "_granularity", "_padded", "_total")
+    __slots__ = ("_by_unit", "_granularity", "_total")
 
     def __init__(self, padded: list[list[int]], total: int, granularity: int) -> None:
-        self._padded, self._total, self._granularity = padded, total, granularity
-        self._by_unit: dict[int, np.ndarray] = {}
+        self._total, self._granularity = total, granularity
+        # To the end of the last block of a packed weight.
+        length = max(map(len, padded)) + -(-onednn.WIDEST_BLOCK // granularity)
+        rows = [groups + [total] * (length - len(groups)) for groups in padded]
+        self._by_unit = {granularity: np.array(rows, dtype=np.int64)}
 
     def rows(self, unit: int) -> np.ndarray:
         """int64 [masks, units]"""
         known = self._by_unit.get(unit)
         if known is None:
-            known = self._by_unit[unit] = self._in_units(unit)
+            groups = self._by_unit[self._granularity]
+            units = _units(self._total + 1, self._granularity // unit)
+            known = self._by_unit[unit] = units.take(groups, 0).reshape(groups.shape[0], -1)
         return known
 
-    def _in_units(self, unit: int) -> np.ndarray:
-        each, zeros = self._granularity // unit, self._total * (self._granularity // unit)
-        longest = max(map(len, self._padded))
-        # To the end of the last block of a packed weight.
-        beyond = -(-onednn.WIDEST_BLOCK // unit)
-        rows = np.full((len(self._padded), longest * each + beyond), zeros, dtype=np.int64)
-        for row, groups in zip(rows, self._padded, strict=True):
-            spread = np.array(groups, dtype=np.int64)
-            if each > 1:
-                spread = (spread[:, None] * each + np.arange(each)).ravel()
-            row[: spread.size] = spread
-        return rows
+
+@cache
+def _units(groups: int, each: int) -> np.ndarray:
+    """Those of each group, int64 [groups, each]."""
+    return np.arange(groups * each).reshape(groups, each)
 
 
 class Kept:
@@ -63,14 +61,14 @@ class Kept:
     for them is found by it.
 
     groups: the active ones, ascending. padded: the same, then `total`, a group of zeros, until their number is one that
-    is run; at least one group. width: channels of compact tensors. slices: (first channel, number) of the runs of
+    is run; at least one group. positions: those, int64. width: channels of compact tensors. slices: (first channel, number) of the runs of
     groups that a convolution can be run in, if it can; run_widths: those numbers. form, runs_form: what its cost
     depends on, equal where it is, without those numbers and with them.
     """
 
     __slots__ = (
-        "_lists", "_row", "form", "granularity", "groups", "is_full", "padded", "run_widths", "runs_form", "slices",
-        "total", "width",
+        "_lists", "_row", "form", "granularity", "groups", "is_full", "padded", "positions", "run_widths", "runs_form",
+        "slices", "total", "width",
     )  # fmt: skip
 
     def __init__(self, groups: list[int], total: int, granularity: int) -> None:
@@ -92,6 +90,7 @@ class Kept:
 
     def _share(self, lists: _Lists, row: int) -> None:
         self._lists, self._row = lists, row
+        self.positions = self.index(self.granularity, len(self.padded))
 
     def index(self, unit: int, length: int) -> np.ndarray:
         """The padded groups in units of `unit` channels (it divides the granularity), then zeros' up to `length`."""
@@ -100,7 +99,7 @@ class Kept:
 
     def channels(self) -> np.ndarray:
         """Those of the padded groups, one by one."""
-        return (np.array(self.padded)[:, None] * self.granularity + np.arange(self.granularity)).ravel()
+        return (self.positions[:, None] * self.granularity + np.arange(self.granularity)).ravel()
 
     def bits(self) -> np.ndarray:
         """Of each channel all bits set if it is active, int32: -1, or 0."""

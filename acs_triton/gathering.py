@@ -38,8 +38,11 @@ class Masters:
 
     def fill(self, layout: Layout, n_out: int, into: Kept | None, out: Kept | None) -> Fill:
         """For masks with as many active channels as these, one side gated at least."""
-        unit = layout.block if out is None else math.gcd(out.granularity, layout.block)
         in_granularity, out_granularity = _granularity(into), _granularity(out)
+        if out is not None and self._weight.shape[1] == 1 and layout.block == n_out:
+            key = ("taps", out_granularity)
+            return _taps(self._master(key, lambda: _by_tap(self._padded(0, out_granularity))), out)
+        unit = layout.block if out is None else math.gcd(out.granularity, layout.block)
         packed = Layout(unit, layout.vector)
         master = self._master(
             (packed, in_granularity, out_granularity),
@@ -87,11 +90,26 @@ def _rows(master: Tensor, into: Kept, block: int) -> Fill:
 
     def fill(buffer: Buffer, into: Kept | None, _: Kept | None) -> None:
         assert into is not None  # as when this was made
-        active = into.index(granularity, kept)
         if _is_large(buffer, chunk):
-            copy(buffer, (starts + active).ravel())
+            copy(buffer, (starts + into.positions).ravel())
         else:
-            array.take(active, 1, buffer.array.reshape(-1, kept, chunk), "clip")
+            array.take(into.positions, 1, buffer.array.reshape(-1, kept, chunk), "clip")
+
+    return fill
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """[kernel positions, C_out]"""
+    return weight.flatten(1).t().contiguous()
+
+
+def _taps(form: Tensor, out: Kept) -> Fill:
+    """Active channels of a depthwise weight [kernel positions, channels], where they need no others to fill a block."""
+    array, kept = as_array(form.view(form.shape[0], -1, out.granularity)), len(out.padded)
+
+    def fill(buffer: Buffer, _: Kept | None, out: Kept | None) -> None:
+        assert out is not None  # as when this was made
+        array.take(out.positions, 1, buffer.array.reshape(-1, kept, out.granularity), "clip")
 
     return fill
 

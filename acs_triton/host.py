@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn
-from .buffers import Lent
+from .buffers import Buffer
 from .conv_weights import ConvWeights
 from .decision import Active, Kept
 from .parts import Part, Parts, active_of, as_compact, joined, split, whole_of
@@ -192,19 +192,18 @@ def _gathered(
     activation: str,
     overwrite: bool = False,
 ) -> Tensor:
-    lent: Lent | None = None
+    buffer: Buffer | None = None
     if planned.calls:
         ((weight, bias),) = planned.calls
     else:
-        lent = weights.gathered(planned.recipe, into, out)
-        weight, bias = lent.packed, lent.bias
+        weight, bias, buffer = weights.gathered(planned.recipe, into, out)
     geometry = (*weights.geometry[:3], x.shape[1]) if weights.depthwise else weights.geometry
     if overwrite and residual is not None:
         y = onednn.accumulate_(residual, x, weight, bias, geometry, activation)
     else:
         y = onednn.run(x, weight, bias, geometry, residual, activation)
-    if lent is not None:
-        lent.give_back()
+    if buffer is not None:
+        buffer.give_back()
     return y
 
 

@@ -8,7 +8,7 @@ from active_parts import active_part
 from torch import Tensor
 
 from acs_triton import gathering, onednn
-from acs_triton.buffers import Buffer
+from acs_triton.buffers import Buffer, Pool
 from acs_triton.decision import Kept
 from acs_triton.gathering import Masters
 from acs_triton.onednn import Layout
@@ -23,7 +23,7 @@ def filled(weight: Tensor, layout: Layout, into: Kept | None, out: Kept | None) 
     # Buffers are written again at each use, whatever was left there, padding included.
     memory = torch.full_like(onednn.blocked(expected, layout).flatten(), float("nan"))
     fill = Masters(weight).fill(layout, expected.shape[0], into, out)
-    fill(Buffer(memory, memory, torch.zeros(1)), into, out)
+    fill(Buffer(memory, memory, torch.zeros(1), Pool()), into, out)
     return memory
 
 
