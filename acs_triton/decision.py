@@ -61,9 +61,9 @@ class Kept:
     for them is found by it.
 
     groups: the active ones, ascending. padded: the same, then `total`, a group of zeros, until their number is one that
-    is run; at least one group. positions: those, int64. width: channels of compact tensors. slices: (first channel, number) of the runs of
-    groups that a convolution can be run in, if it can; run_widths: those numbers. form, runs_form: what its cost
-    depends on, equal where it is, without those numbers and with them.
+    is run; at least one group. positions: those, int64. width: channels of compact tensors. slices: (first channel,
+    number) of the runs of groups that a convolution can be run in, if it can; run_widths: those numbers. form,
+    runs_form: what its cost depends on, equal where it is, without those numbers and with them.
     """
 
     __slots__ = (

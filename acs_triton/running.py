@@ -55,6 +55,11 @@ def current() -> Run | None:
     return None if torch.compiler.is_compiling() else _current.run
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor on a CPU that nothing traces or intercepts, so that the host may run what reads it."""
+    return x.is_cpu and (run_direct(x) if current() is None else type(x) is Tensor)
+
+
 def now() -> Run:
     """The `current` run, or what holds at this moment; for what no compiler traces."""
     return _current.run or _asked()

@@ -45,10 +45,9 @@ def conv(
     in_runs: the readers of the result take `parts.Runs`. overwrite: nobody reads the residual later.
     """
     if not isinstance(out_active, ActiveChannels) and not isinstance(in_active, ActiveChannels):
-        run = running.current()
-        weights = _on_host(x, weight, bias, geometry, 1, run)
+        weights = _on_host(x, weight, bias, geometry, 1)
         if weights is not None:
-            seconds = ways.measured() if run is None else run.measured
+            seconds = running.now().measured
             if seconds is None:
                 return _convolved(x, weights, out_active, residual, activation, in_runs, overwrite)
             start = time.perf_counter()
@@ -115,10 +114,10 @@ def _convolved(
 
 
 def _on_host(
-    x: Tensor | Parts, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int, run: running.Run | None
+    x: Tensor | Parts, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
 ) -> ConvWeights | None:
     """The packed forms of a weight where the host runs a convolution of x, calling oneDNN; None elsewhere."""
-    if run is not None and not torch.is_autocast_enabled("cpu"):
+    if running.current() is not None and not torch.is_autocast_enabled("cpu"):
         of_x = x.piece if isinstance(x, Parts) else x
         known: ConvWeights | None = weight.__dict__.get("_acs_plain")
         if known is not None and type(of_x) is Tensor and known.is_true(weight, bias, of_x.dtype):
@@ -134,7 +133,7 @@ def _host_dtype(x: Tensor | Parts, weight: Tensor) -> torch.dtype | None:
     """What a convolution of x is computed in where the host runs it, calling oneDNN; None elsewhere."""
     if isinstance(x, Parts):
         return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if not x.is_cpu or not run_direct(x):
+    if not running.is_plain(x):
         return None
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
@@ -176,7 +175,7 @@ def _is_result_like(residual: Tensor, x: Tensor, weight: Tensor, geometry: Geome
 def grouped(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int, activation: str) -> Tensor:
     """activation(grouped conv2d(x, weight) + bias), outside of every span."""
     stride, padding, dilation = geometry
-    weights = _on_host(x, weight, bias, geometry, groups, running.current())
+    weights = _on_host(x, weight, bias, geometry, groups)
     if weights is not None:
         return host.dense(_in_dtype(x, weights.dtype), weights, None, activation)
     return onednn.activate_(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation)
@@ -192,7 +191,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def global_pool(x: Tensor) -> Tensor:
     """The mean over all pixels, [N, C, 1, 1]."""
-    if x.ndim == 4 and x.dtype == torch.float32 and x.is_cpu and run_direct(x):
+    if x.ndim == 4 and x.dtype == torch.float32 and running.is_plain(x):
         return host.pooled(x)
     return F.adaptive_avg_pool2d(x, 1)
 
@@ -206,11 +205,11 @@ def depthwise(
     activation: str,
 ) -> Tensor | Parts:
     """activation(depthwise conv2d(x, weight) + bias) on a compact tensor."""
-    stride, padding, dilation = geometry
     if isinstance(x, Parts):
-        weights = _on_host(x, weight, bias, geometry, weight.shape[0], running.current())
+        weights = _on_host(x, weight, bias, geometry, weight.shape[0])
         assert weights is not None  # Parts are on the host
         return host.depthwise(x, weights, activation)
+    stride, padding, dilation = geometry
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias, _ = prepare("ACSModel.forward", x, weight, bias)
     if run_direct(x):

@@ -83,11 +83,7 @@ def conv_gate(
 
 def _decides_on_host(x: Tensor | Parts) -> bool:
     """Whether the convolutions after a gate that reads x run on the host."""
-    if isinstance(x, Parts):
-        return True
-    if running.current() is None or type(x) is not Tensor:
-        return x.is_cpu and run_direct(x) and onednn.available(x.dtype)
-    return x.is_cpu and onednn.available(x.dtype)
+    return isinstance(x, Parts) or (running.is_plain(x) and onednn.available(x.dtype))
 
 
 def _linear(features: np.ndarray, weight: Tensor, bias: Tensor) -> np.ndarray:

@@ -24,52 +24,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acs_triton import ACSModel, convert_model, onednn, ways, zoo
+from acs_triton import onednn
 from acs_triton.arguments import granularity, positive
 from acs_triton.benchmark import clock, engines, process, results
 from acs_triton.benchmark.apart import Apart
-from acs_triton.benchmark.gate_time import gate_seconds
-from acs_triton.benchmark.jobs import Dense
+from acs_triton.benchmark.host import Host
+from acs_triton.benchmark.jobs import Dense, sparse
 from acs_triton.benchmark.measure import Hosted
-from acs_triton.benchmark.networks import calibrated, images
 from acs_triton.benchmark.setting import Setting
-from acs_triton.demo.network import channels_last
 from acs_triton.gates import GATE_CLASSES
 
 from .cpu_table import default_path
 
-_SIZE = (3, 224, 224)
 _MASKS = 12
 """Forwards that are taken apart, each with masks of its own."""
-_CALIBRATION, _WARM, _REPEATS = 4, 24, 15
+_WARM, _REPEATS = 24, 15
 
 Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
-def profile(model: ACSModel, batches: Sequence[Tensor], dense: Hosted) -> dict[str, float]:
+def profile(ours: Host, name: str, dense: Hosted) -> dict[str, float]:
     """Milliseconds of a forward and of its parts, means over masks, and the number of calls.
 
     dense: of the engine beside it, and forward, as it is: as the benchmark takes them. in_a_row: its calls of oneDNN
     without anything between them. hot: the same, each many times. gates: with their decisions.
     """
-    found: dict[str, list[float]] = {name: [] for name in ("dense", "calls", "forward", "in_a_row", "hot")}
-    if not dense.report.ok:
-        raise RuntimeError(f"cpu_profile: {dense.report.engines[0]} does not compute the network")
+    found: dict[str, list[float]] = {column: [] for column in ("dense", "calls", "forward", "in_a_row", "hot")}
+    for host in (ours, dense):
+        if host.report.ok != host.report.engines:
+            raise RuntimeError(f"cpu_profile: {host.report.engines[0]} does not compute the network")
     (engine,) = dense.report.ok
-    with torch.inference_mode():
-        for done in range(_WARM):
-            model(batches[done % len(batches)])
-        for done in range(_MASKS):
-            x = batches[done % len(batches)]
-            found["dense"].append(1e3 * dense.sample(engine, lead=True))
-            found["forward"].append(1e3 * clock.sample(partial(model, x), lead=True))
-            with recorded() as calls:
-                model(x)
+    for _ in range(_WARM):
+        ours.call(name)
+    for _ in range(_MASKS):
+        found["dense"].append(1e3 * dense.sample(engine, lead=True))
+        found["forward"].append(1e3 * ours.sample(name, lead=True))
+        with recorded() as calls:
+            ours.call(name)
+        with torch.inference_mode():
             found["calls"].append(len(calls))
             found["in_a_row"].append(1e3 * clock.sample(partial(_again, calls), lead=True))
             found["hot"].append(sum(_milliseconds(partial(_again, [call])) for call in calls))
-        gates = 1e3 * gate_seconds(model, batches[0], _REPEATS)
-    return {name: statistics.mean(values) for name, values in found.items()} | {"gates": gates}
+    gates = 1e3 * ours.gate_seconds(name, _REPEATS)
+    return {column: statistics.mean(values) for column, values in found.items()} | {"gates": gates}
 
 
 @contextmanager
@@ -121,22 +118,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     prepared = process.prepare()
     torch.set_num_threads(given.threads)
-    network = zoo.build(given.network)
-    calibrated(network, images(_CALIBRATION, _SIZE, torch.device("cpu")))
-    model = convert_model(channels_last(network), gate=given.gate, granularity=given.granularity).eval()
-    model.lower(frozen=True)
-    everything = images(4 * given.batch, _SIZE, torch.device("cpu"), seed=1)
-    batches = everything.contiguous(memory_format=torch.channels_last).split(given.batch)
+    setting = Setting(
+        given.network, batch=given.batch, threads=given.threads, gates=(given.gate,), densities=tuple(given.density),
+        granularities=(given.granularity,), engines=(given.beside,),
+    )  # fmt: skip
+    (job,) = sparse(setting)
+    ours = Host(setting, job)
     content = results.new(given.threads) | {"process": prepared, "setting": vars(given), "densities": {}}
     names = ("dense", "calls", "forward", "in_a_row", "hot", "gates")
     print(f"{given.network}, batch {given.batch}, {given.gate} gates, {results.machine_line(content)}")
     print(f"{'density':>8}" + "".join(f"{name:>10}" for name in names))
-    setting = Setting(given.network, batch=given.batch, threads=given.threads)
     with closing(Apart(setting, Dense(given.beside))) as dense:
-        for density in given.density:
-            with model.override_masks(density=density), ways.fresh_masks():
-                found = content["densities"][f"{density:g}"] = profile(model, batches, dense)
-            print(f"{density:8g}" + "".join(f"{found[name]:10.2f}" for name in names), flush=True)
+        for variant in job.variants:
+            found = content["densities"][f"{variant.density:g}"] = profile(ours, variant.name, dense)
+            print(f"{variant.density:8g}" + "".join(f"{found[name]:10.2f}" for name in names), flush=True)
     table = default_path(content["machine"])
     groups = "" if given.granularity == "auto" else f"-{given.granularity}"
     name = f"{table.stem}-profile-{given.network}{groups}".replace(":", "-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,17 +24,22 @@ def block(channels: int = 8) -> nn.Sequential:
     )  # fmt: skip
 
 
-def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """Of the inputs of all convolutions from now on."""
-    found: list[torch.dtype] = []
+def noting(monkeypatch: pytest.MonkeyPatch, what: Callable[[Tensor], Any]) -> list[Any]:
+    """What a function of their inputs says at all convolutions from now on."""
+    found: list[Any] = []
     convolve = onednn.run
 
     def noted(x: Tensor, *arguments: Any) -> Tensor:
-        found.append(x.dtype)
+        found.append(what(x))
         return convolve(x, *arguments)
 
     monkeypatch.setattr(onednn, "run", noted)
     return found
+
+
+def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Of the inputs of all convolutions from now on."""
+    return noting(monkeypatch, lambda x: x.dtype)
 
 
 class Partly(nn.Module):
@@ -56,15 +62,7 @@ class Partly(nn.Module):
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[running.Run | None]:
     """What is known at each convolution."""
-    found: list[running.Run | None] = []
-    convolve = onednn.run
-
-    def noted(*arguments: Any) -> Tensor:
-        found.append(running.current())
-        return convolve(*arguments)
-
-    monkeypatch.setattr(onednn, "run", noted)
-    return found
+    return noting(monkeypatch, lambda _: running.current())
 
 
 @torch.no_grad()
