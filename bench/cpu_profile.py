@@ -6,8 +6,8 @@ The calls of oneDNN in a forward, convolutions and the classifier, are recorded,
 between them, and each by itself many times, with its weights in the caches. The rest of a forward is gates, decisions,
 gathering, pools, and Python. A dense engine is timed in turn with it, in a process of its own, so that what no forward
 can be faster than stands beside what it is to be faster than.
-Writes bench/results/cpu-PROCESSOR-VECTORS-profile-NETWORK.json; with other groups a layer than "auto", they are in the
-name as well.
+Writes bench/results/cpu-PROCESSOR-VECTORS-profile-NETWORK.json; with other groups a layer than "auto", or a batch of more
+than one, they are in the name as well.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{variant.density:8g}" + "".join(f"{found[name]:10.2f}" for name in names), flush=True)
     table = default_path(content["machine"])
     groups = "" if given.granularity == "auto" else f"-{given.granularity}"
-    name = f"{table.stem}-profile-{given.network}{groups}".replace(":", "-")
+    batch = "" if given.batch == 1 else f"-batch{given.batch}"
+    name = f"{table.stem}-profile-{given.network}{groups}{batch}".replace(":", "-")
     results.save(content, table.with_name(f"{name}.json"))
     return 0
 
