@@ -117,12 +117,18 @@ class Stretch(NamedTuple):
 
 
 class Active:
-    """The decision for one span: bool [N, groups], of `granularity` channels each."""
+    """The decision for one span: bool [N, groups], of `granularity` channels each.
 
-    __slots__ = ("granularity", "is_full", "keep", "stretches")
+    order: which samples of the batch these are, where equal masks were brought next to one another, else None; back:
+    where those of the batch are among these.
+    """
 
-    def __init__(self, keep: np.ndarray, granularity: int) -> None:
+    __slots__ = ("back", "granularity", "is_full", "keep", "order", "stretches")
+
+    def __init__(self, keep: np.ndarray, granularity: int, order: np.ndarray | None = None) -> None:
         self.keep, self.granularity = keep, granularity
+        self.order = order
+        self.back = None if order is None else order.argsort()
         self.stretches = [
             Stretch(first, last - first, kept_of(keep[first].tobytes(), granularity))
             for first, last in _equal_rows(keep)
@@ -132,6 +138,17 @@ class Active:
     @property
     def channels(self) -> int:
         return self.keep.shape[1] * self.granularity
+
+    def in_order(self, order: np.ndarray | None) -> Active:
+        """The decision for the samples in this order."""
+        return self if order is None else Active(self.keep[order], self.granularity, order)
+
+    def together(self) -> Active:
+        """With equal masks next to one another; itself where they are."""
+        masks = [mask.tobytes() for mask in self.keep]
+        if len(set(masks)) == len(self.stretches):
+            return self
+        return self.in_order(np.array(sorted(range(len(masks)), key=masks.__getitem__)))
 
 
 def kept_of(keep: bytes, granularity: int) -> Kept:

@@ -15,8 +15,8 @@ from . import onednn
 from .buffers import Buffer
 from .conv_weights import ConvWeights
 from .decision import Active, Kept
-from .parts import Part, Parts, active_of, as_compact, joined, split, whole_of
-from .plans import Plan, as_a_whole, plan, stays_whole
+from .parts import Part, Parts, active_of, as_compact, in_order, joined, split, whole_of
+from .plans import Plan, as_a_whole, plan, stays_whole, together
 
 # Numbers that are added up one after another with as small an error as by a reduction.
 _SMALL_MAP = 14 * 14
@@ -39,10 +39,13 @@ def produce(x: Tensor, weights: ConvWeights, out: Active, activation: str, in_ru
             return Parts(out, None, _in_calls(x, weights, planned, activation)[0])
         part = _produced(x, weights, stretches[0].kept, planned, activation)
         return Parts(out, [part if in_runs or isinstance(part, Tensor) else joined(part)])
-    if as_a_whole(weights, (x.shape[0], x.shape[2], x.shape[3]), None, out):
+    ordered = together(out, x)
+    if as_a_whole(weights, (x.shape[0], x.shape[2], x.shape[3]), None, ordered):
         return Parts(out, None, dense(x, weights, None, activation))
+    if ordered.order is not None:
+        out, x = ordered, in_order(x, ordered.order)
     parts: list[Part] = []
-    for first, number, kept in stretches:
+    for first, number, kept in out.stretches:
         some = x.narrow(0, first, number)
         part = _produced(some, weights, kept, plan(weights, some, None, kept), activation)
         parts.append(part if in_runs or isinstance(part, Tensor) else joined(part))
@@ -64,6 +67,7 @@ def _in_calls(x: Tensor, weights: ConvWeights, planned: Plan, activation: str) -
 
 def transform(x: Parts, weights: ConvWeights, out: Active, activation: str) -> Parts:
     """`produce` from active channels."""
+    out = out.in_order(x.active.order)
     if len(x.active.stretches) == 1 and len(out.stretches) == 1:
         into, kept = x.active.stretches[0].kept, out.stretches[0].kept
         planned = _plan_between(weights, x.piece, into, kept)
@@ -104,6 +108,16 @@ def consume(
     x: Parts, weights: ConvWeights, residual: Tensor | None, activation: str, overwrite: bool = False
 ) -> Tensor:
     """activation(conv2d(x) + bias + residual), dense. overwrite: nobody reads the residual later."""
+    order, back = x.active.order, x.active.back
+    if order is None or back is None:
+        return _consumed_parts(x, weights, residual, activation, overwrite)
+    residual = None if residual is None else in_order(residual, order)
+    return in_order(_consumed_parts(x, weights, residual, activation, overwrite=True), back)
+
+
+def _consumed_parts(
+    x: Parts, weights: ConvWeights, residual: Tensor | None, activation: str, overwrite: bool
+) -> Tensor:
     stretches = x.active.stretches
     overwrite = overwrite and onednn.accumulates(activation)
     if x.whole is not None and stays_whole(weights, x.whole, x.active):
@@ -260,9 +274,15 @@ def means(x: Parts | Tensor) -> np.ndarray:
     active = x.active
     if x.whole is not None:
         mask = torch.from_numpy(active.keep).repeat_interleave(active.granularity, dim=1)
-        return torch.where(mask, x.whole.mean((2, 3), dtype=torch.float32), 0).numpy()
+        result = torch.where(mask, x.whole.mean((2, 3), dtype=torch.float32), 0)
+        return _in_batch(result.numpy(), active)
     result = torch.zeros(x.samples, active.keep.shape[1], active.granularity)
     for part, (first, number, kept) in zip(x.parts, active.stretches, strict=True):
         of_groups = as_compact(part).mean((2, 3), dtype=torch.float32).view(number, -1, active.granularity)
         result[first : first + number, kept.groups] = of_groups[:, : len(kept.groups)]
-    return result.view(x.samples, -1).numpy()
+    return _in_batch(result.view(x.samples, -1).numpy(), active)
+
+
+def _in_batch(rows: np.ndarray, active: Active) -> np.ndarray:
+    """Rows of samples in the order of the batch."""
+    return rows if active.back is None else rows[active.back]

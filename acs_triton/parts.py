@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,6 +119,11 @@ def whole_of(part: Part, kept: Kept) -> Tensor:
     whole = pixels.new_zeros(pixels.shape[0], kept.total, kept.granularity)
     whole.index_copy_(1, torch.tensor(kept.groups, dtype=torch.int64), pixels[:, : len(kept.groups)])
     return whole.view(samples, height, width, -1).permute(0, 3, 1, 2)
+
+
+def in_order(x: Tensor, order: np.ndarray) -> Tensor:
+    """The samples of x in another order."""
+    return x.permute(0, 2, 3, 1).index_select(0, torch.from_numpy(order)).permute(0, 3, 1, 2)
 
 
 def as_compact(part: Part) -> Tensor:

@@ -147,6 +147,15 @@ def as_a_whole(weights: ConvWeights, size: Size, into: Active | None, out: Activ
     return ways.modelled_dense(_described(weights, size, n_in, 0, 0, None)) <= modelled
 
 
+def together(out: Active, x: Tensor) -> Active:
+    """The decision with equal masks next to one another, where bringing the samples of x there and what becomes of them
+    back is faster than to convolve them apart.
+    """
+    ordered = out.together()
+    saved = len(out.stretches) - len(ordered.stretches)
+    return ordered if saved and ways.brings_together(saved, x.nbytes) else out
+
+
 def stays_whole(weights: ConvWeights, x: Tensor, into: Active) -> bool:
     """Whether x, dense but not masked yet, is better masked and convolved as a whole than made compact."""
     if into.is_full:

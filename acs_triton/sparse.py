@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, host, onednn, ops, running, ways
+from . import cpu, host, onednn, ops, running
 from ._checks import prepare
 from .conv_weights import ConvWeights, prepared
 from .decision import Active

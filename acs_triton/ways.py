@@ -39,6 +39,12 @@ _COPY_US = 20.0
 _DEPTHWISE_US = 20.0
 
 
+# Measured in networks at batches of 16 and 32: what a convolution costs for each call that equal masks do not share.
+_APART_US = 70.0
+# Likewise: features copied to other places in a batch, the input of a span, what is added to its result, and that.
+_ORDERED_BYTES_PER_US, _COPIES = 12e3, 3
+
+
 class Work(NamedTuple):
     """One call of a gated convolution: full and active channels, kernel positions, pixels and bytes of a number.
 
@@ -109,6 +115,13 @@ def stays_whole(work: Work) -> bool:
     nbytes = work.pixels_in * work.c_in * work.itemsize
     whole = _conv(work, work.c_in, work.c_out) + nbytes / _MASKED_BYTES_PER_US
     return whole <= fastest(work).microseconds + nbytes / _COMPACTED_BYTES_PER_US
+
+
+def brings_together(saved: int, nbytes: int) -> bool:
+    """Whether samples of nbytes in all are better copied to where equal masks are neighbours, and back, if that saves
+    so many calls of each of a span's two convolutions.
+    """
+    return 2 * saved * _APART_US > _COPIES * nbytes / _ORDERED_BYTES_PER_US
 
 
 def _groups(work: Work) -> float:

@@ -6,8 +6,8 @@ The calls of oneDNN in a forward, convolutions and the classifier, are recorded,
 between them, and each by itself many times, with its weights in the caches. The rest of a forward is gates, decisions,
 gathering, pools, and Python. A dense engine is timed in turn with it, in a process of its own, so that what no forward
 can be faster than stands beside what it is to be faster than.
-Writes bench/results/cpu-PROCESSOR-VECTORS-profile-NETWORK.json; with other groups a layer than "auto", or a batch of more
-than one, they are in the name as well.
+Writes bench/results/cpu-PROCESSOR-VECTORS-profile-NETWORK.json; other groups a layer than "auto" and a batch of more
+than one are in the name as well.
 """
 
 from __future__ import annotations
