@@ -143,11 +143,13 @@ class Active:
         """The decision for the samples in this order."""
         return self if order is None else Active(self.keep[order], self.granularity, order)
 
+    def apart(self) -> int:
+        """How many stretches fewer there would be if equal masks were next to one another."""
+        return len(self.stretches) - len({mask.tobytes() for mask in self.keep})
+
     def together(self) -> Active:
-        """With equal masks next to one another; itself where they are."""
+        """With equal masks next to one another."""
         masks = [mask.tobytes() for mask in self.keep]
-        if len(set(masks)) == len(self.stretches):
-            return self
         return self.in_order(np.array(sorted(range(len(masks)), key=masks.__getitem__)))
 
 

@@ -39,7 +39,7 @@ class Masters:
     def fill(self, layout: Layout, n_out: int, into: Kept | None, out: Kept | None) -> Fill:
         """For masks with as many active channels as these, one side gated at least."""
         in_granularity, out_granularity = _granularity(into), _granularity(out)
-        if out is not None and self._weight.shape[1] == 1 and layout.block == n_out:
+        if out is not None and into is None and self._weight.shape[1] == layout.vector == 1 and layout.block == n_out:
             key = ("taps", out_granularity)
             return _taps(self._master(key, lambda: _by_tap(self._padded(0, out_granularity))), out)
         unit = layout.block if out is None else math.gcd(out.granularity, layout.block)
@@ -104,7 +104,9 @@ def _by_tap(weight: Tensor) -> Tensor:
 
 
 def _taps(form: Tensor, out: Kept) -> Fill:
-    """Active channels of a depthwise weight [kernel positions, channels], where they need no others to fill a block."""
+    """Active channels of a weight with one input channel, such as a depthwise one, [kernel positions, channels], where
+    they need no others to fill a block.
+    """
     array, kept = as_array(form.view(form.shape[0], -1, out.granularity)), len(out.padded)
 
     def fill(buffer: Buffer, _: Kept | None, out: Kept | None) -> None:

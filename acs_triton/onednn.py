@@ -130,7 +130,7 @@ def run(
         y = _ENTRY_POINTS.convolve(x, weight, bias, *geometry, *_FUSED[activation])
         # With one channel or one pixel it may come back in the other format.
         return y if y.is_contiguous(memory_format=torch.channels_last) else _channels_last(y)
-    fused = _fused_after_add(activation)
+    fused = _fused_after_add(activation, weight)
     y = _ENTRY_POINTS.convolve_add(x, residual, weight, bias, *geometry, "add", 1.0, fused, [], "")
     y = y if y.is_contiguous(memory_format=torch.channels_last) else _channels_last(y)
     return y if fused else activate_(y, activation)
@@ -141,7 +141,7 @@ def accumulate_(
 ) -> Tensor:
     """activation(y + conv2d(x, weight, bias)), written into y where it can be; needs `available`."""
     assert _ENTRY_POINTS is not None  # available
-    fused = _fused_after_add(activation)
+    fused = _fused_after_add(activation, weight)
     y = _ENTRY_POINTS.accumulate_(y, x, weight, bias, *geometry, "add", 1.0, fused, [], None)
     return y if fused else activate_(y, activation)
 
@@ -151,9 +151,12 @@ def accumulates(activation: str) -> bool:
     return activation in ("none", "relu")
 
 
-def _fused_after_add(activation: str) -> str | None:
+def _fused_after_add(activation: str, weight: Tensor) -> str | None:
     """The one activation that oneDNN's entry points apply after an addition."""
-    return "relu" if activation == "relu" else None
+    # In bfloat16 they know none where they leave oneDNN, as they may, of small shapes, for weights that are not packed.
+    if activation != "relu" or (weight.dtype == torch.bfloat16 and not weight.is_mkldnn):
+        return None
+    return "relu"
 
 
 def _channels_last(y: Tensor) -> Tensor:

@@ -151,9 +151,8 @@ def together(out: Active, x: Tensor) -> Active:
     """The decision with equal masks next to one another, where bringing the samples of x there and what becomes of them
     back is faster than to convolve them apart.
     """
-    ordered = out.together()
-    saved = len(out.stretches) - len(ordered.stretches)
-    return ordered if saved and ways.brings_together(saved, x.nbytes) else out
+    saved = out.apart()
+    return out.together() if saved and ways.brings_together(saved, x.nbytes) else out
 
 
 def stays_whole(weights: ConvWeights, x: Tensor, into: Active) -> bool:

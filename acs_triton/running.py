@@ -57,7 +57,7 @@ def current() -> Run | None:
 
 def is_plain(x: Tensor) -> bool:
     """Whether x is a tensor on a CPU that nothing traces or intercepts, so that the host may run what reads it."""
-    return x.is_cpu and (run_direct(x) if current() is None else type(x) is Tensor)
+    return x.is_cpu and (run_direct(x) if current() is None else type(x) in (Tensor, torch.nn.Parameter))
 
 
 def now() -> Run:

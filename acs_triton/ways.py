@@ -119,7 +119,8 @@ def stays_whole(work: Work) -> bool:
 
 def brings_together(saved: int, nbytes: int) -> bool:
     """Whether samples of nbytes in all are better copied to where equal masks are neighbours, and back, if that saves
-    so many calls of each of a span's two convolutions.
+    so many calls of each of a span's two convolutions. Where spans follow one another, those after the first keep its
+    order, and what that saves or costs them is not known here.
     """
     return 2 * saved * _APART_US > _COPIES * nbytes / _ORDERED_BYTES_PER_US
 

@@ -51,8 +51,8 @@ def profile(ours: Host, name: str, dense: Hosted) -> dict[str, float]:
     """
     found: dict[str, list[float]] = {column: [] for column in ("dense", "calls", "forward", "in_a_row", "hot")}
     for host in (ours, dense):
-        if host.report.ok != host.report.engines:
-            raise RuntimeError(f"cpu_profile: {host.report.engines[0]} does not compute the network")
+        if wrong := set(host.report.engines) - set(host.report.ok):
+            raise RuntimeError(f"cpu_profile: {', '.join(sorted(wrong))} does not compute the network")
     (engine,) = dense.report.ok
     for _ in range(_WARM):
         ours.call(name)

@@ -62,6 +62,20 @@ def test_a_depthwise_layout_is_written(out: Kept, block: int) -> None:
 
 
 @pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(
+    ("into", "dtype"),
+    # In pairs of the input's channels, a single one cannot be gated.
+    [(None, torch.float32), (None, torch.bfloat16), (Kept([], 1, 1), torch.float32), (Kept([0], 1, 1), torch.float32)],
+)
+def test_one_input_channel_is_not_depthwise(into: Kept | None, kernel: int, dtype: torch.dtype) -> None:
+    layout = Layout(32, 2 if dtype == torch.bfloat16 else 1)
+    weight = torch.randn(48, 1, kernel, kernel).to(dtype)
+    expected = onednn.blocked(active_part(weight, into, OUT), layout).flatten()
+    assert torch.equal(filled(weight, layout, into, OUT), expected)
+
+
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("into", [Kept([], 8, 4), Kept(list(range(0, 32, 3)), 32, 1)])
 @pytest.mark.parametrize("out", [None, Kept([], 6, 8), Kept(list(range(0, 48, 5)), 48, 1)])
 def test_nothing_active_and_padded_inputs(into: Kept, out: Kept | None) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from networks import THIRD_PARTY, assert_same_output, images, mix_gates, outputs, random_masks, third_party
+from networks import THIRD_PARTY, Residual, assert_same_output, images, mix_gates, outputs, random_masks, third_party
 from torch import Tensor, nn
 
 from acs_triton import convert_model, host, onednn, ways
@@ -48,7 +50,6 @@ def test_sparse_is_hard(name: str, way: str | None, ordered: bool, moved: list[l
         with ways.forcing(way):
             assert_same_output(outputs(model, x, "sparse", masks), expected)
         assert bool(moved) == ordered
-    assert all(torch.equal(mask, masks[span]) for span, mask in model.masks().items())
 
 
 @pytest.mark.parametrize("gate", ["gap", "acs"])
@@ -62,6 +63,27 @@ def test_gates_decide_for_their_own_samples(name: str, gate: str, ordered: bool,
     with ways.forcing("gather"):
         assert_same_output(outputs(model, x, "sparse"), expected)
     assert all(torch.equal(mask, decisions[span]) for span, mask in model.masks().items())
+    assert bool(moved) == ordered
+
+
+@pytest.mark.skipif(not onednn.available(torch.bfloat16), reason="no bfloat16 on this processor")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("size", [1, 12])
+def test_in_bfloat16(size: int, autocast: bool, ordered: bool, moved: list[list[int]]) -> None:
+    """No further from hard mode in fp32 than hard mode in bfloat16; single channels of single pixels included."""
+    net, x = Residual().eval(), images(len(ORDER), size)
+    exact_model = convert_model(net, gate="gap", granularity=1, gate_hidden=8).eval()
+    masks = {span: mask[ORDER] for span, mask in random_masks(exact_model, 3, 0.4).items()}
+    for mask in masks.values():
+        mask[1], mask[1, 0] = False, True
+    exact = outputs(exact_model, x, "hard", masks)
+    model = exact_model if autocast else copy.deepcopy(exact_model).bfloat16()
+    x = x if autocast else x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), ways.forcing("gather"):
+        sparse, hard = outputs(model, x, "sparse", masks), outputs(model, x, "hard", masks)
+    assert sparse.dtype == hard.dtype
+    error, own = ((result.float() - exact).abs().max().item() for result in (sparse, hard))
+    assert error <= 2 * own + torch.finfo(torch.bfloat16).eps * exact.abs().max().item()
     assert bool(moved) == ordered
 
 
@@ -86,13 +108,17 @@ def test_equal_masks_share_a_call(ordered: bool, monkeypatch: pytest.MonkeyPatch
 
 
 def test_neighbours_stay_where_they_are() -> None:
-    neighbours = decided(np.array([[1, 0], [1, 0], [0, 1]], bool), 4)
-    assert neighbours.together() is neighbours
-    apart = decided(np.array([[1, 0], [0, 1], [1, 0]], bool), 4).together()
-    assert apart.order is not None
-    assert apart.back is not None
-    assert len(apart.stretches) == 2
-    assert apart.keep[apart.back].tolist() == [[True, False], [False, True], [True, False]]
+    assert decided(np.array([[1, 0], [1, 0], [0, 1]], bool), 4).apart() == 0
+    keep = np.array([[0, 0], [0, 1], [1, 0], [0, 0], [0, 1]], bool)
+    decision = decided(keep, 4)
+    ordered = decision.together()
+    assert decision.apart() == 2
+    assert ordered.order is not None
+    assert ordered.back is not None
+    assert len(ordered.stretches) == 3
+    assert np.array_equal(ordered.keep, keep[ordered.order])
+    assert np.array_equal(ordered.keep[ordered.back], keep)
+    assert not np.array_equal(ordered.order, ordered.back)
 
 
 def test_large_features_stay_where_they_are() -> None:
