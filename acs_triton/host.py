@@ -39,11 +39,11 @@ def produce(x: Tensor, weights: ConvWeights, out: Active, activation: str, in_ru
             return Parts(out, None, _in_calls(x, weights, planned, activation)[0])
         part = _produced(x, weights, stretches[0].kept, planned, activation)
         return Parts(out, [part if in_runs or isinstance(part, Tensor) else joined(part)])
-    ordered = together(out, x)
-    if as_a_whole(weights, (x.shape[0], x.shape[2], x.shape[3]), None, ordered):
+    if as_a_whole(weights, (x.shape[0], x.shape[2], x.shape[3]), None, out):
         return Parts(out, None, dense(x, weights, None, activation))
-    if ordered.order is not None:
-        out, x = ordered, in_order(x, ordered.order)
+    out = together(out, x)
+    if out.order is not None:
+        x = in_order(x, out.order)
     parts: list[Part] = []
     for first, number, kept in out.stretches:
         some = x.narrow(0, first, number)
