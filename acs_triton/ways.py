@@ -39,10 +39,9 @@ _COPY_US = 20.0
 _DEPTHWISE_US = 20.0
 
 
-# Measured in networks at batches of 16 and 32: what a convolution costs for each call that equal masks do not share.
-_APART_US = 70.0
-# Likewise: features copied to other places in a batch, the input of a span, what is added to its result, and that.
-_ORDERED_BYTES_PER_US, _COPIES = 12e3, 3
+# Measured in networks at batches of 8 to 32: features copied to other places in a batch, the input of a span, what is
+# added to its result, and that.
+_ORDERED_BYTES_PER_US, _COPIES = 6e3, 3
 
 
 class Work(NamedTuple):
@@ -122,7 +121,7 @@ def brings_together(saved: int, nbytes: int) -> bool:
     so many calls of each of a span's two convolutions. Where spans follow one another, those after the first keep its
     order, and what that saves or costs them is not known here.
     """
-    return 2 * saved * _APART_US > _COPIES * nbytes / _ORDERED_BYTES_PER_US
+    return 2 * saved * (_CALL_US + _COPY_US) > _COPIES * nbytes / _ORDERED_BYTES_PER_US
 
 
 def _groups(work: Work) -> float:
